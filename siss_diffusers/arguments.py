@@ -1,0 +1,246 @@
+"""The flags that both training scripts share, their help, and the checks that need no model and no data."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from siss_diffusers.calibration import DEFAULT_QUANTILE
+from siss_diffusers.combine import FORGET_SCALINGS, Rule, scaling_rule
+from siss_diffusers.errors import UsageError
+from siss_diffusers.methods import METHODS, Method, make_method
+
+
+# What a run leaves in its output directory; `--overwrite_output_dir` removes these and nothing else.
+RUN_FILES = ("unlearning.json", "train_log.jsonl", "validation_log.jsonl", "receipt.json", "README.md")
+RUN_FOLDERS = ("logs",)
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints one sentence for a bad argument instead of the usage of a hundred flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+    return int(text)
+
+
+def natural_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text}")
+    return int(text)
+
+
+def non_negative_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number not below 0, not {text}")
+    return value
+
+
+def unit_float(text: str) -> float:
+    value = non_negative_float(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], not {text}")
+    return value
+
+
+def add_unlearning_arguments(parser: argparse.ArgumentParser) -> None:
+    """Section "unlearning" of `--help`."""
+    group = parser.add_argument_group("unlearning")
+    listed = "; ".join(
+        f"{name}: {method.summary}"
+        + "".join(f", {key}={default}" for key, default in method.hyperparameters().items())
+        for name, method in METHODS.items()
+    )
+    group.add_argument(
+        "--method", type=str, default="siss", choices=list(METHODS), metavar="METHOD", help=f"One of: {listed}."
+    )
+    group.add_argument(
+        "--method_args",
+        type=str,
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Hyperparameters of the method, such as lam=0.5; their defaults stand beside the methods.",
+    )
+    group.add_argument(
+        "--forget_scaling",
+        type=str,
+        default=None,
+        choices=FORGET_SCALINGS,
+        help=(
+            "How much of the forget gradient g_f is subtracted from the keep gradient g_k. relative (default):"
+            " F |g_k| / |g_f|; norm: F / |g_f|, the papers' scaling_norm; fixed: F; nash: the bargaining solution of"
+            " MUNBa."
+        ),
+    )
+    group.add_argument(
+        "--forget_scale",
+        type=non_negative_float,
+        default=None,
+        metavar="F",
+        help="F of --forget_scaling; 0.1 for relative and fixed, required for norm.",
+    )
+    group.add_argument(
+        "--calibrate_forgetting",
+        type=unit_float,
+        nargs="?",
+        const=DEFAULT_QUANTILE,
+        default=None,
+        metavar="QUANTILE",
+        help=(
+            "Push a forget image only until its loss reaches this quantile (default 0.5) of the losses that the"
+            " starting model has on images to keep, at the same noise level."
+        ),
+    )
+    group.add_argument(
+        "--forget_data_dir", type=str, default=None, help="A folder of images to forget; copies of them are not kept."
+    )
+    group.add_argument(
+        "--forget_files", type=str, nargs="+", default=None, help="Files within --train_data_dir to forget."
+    )
+    group.add_argument(
+        "--forget_column",
+        type=str,
+        default=None,
+        help="A column of the data set that says what to forget. A boolean column `forget` is used without asking.",
+    )
+    group.add_argument(
+        "--forget_value", type=str, default=None, help="Forget the rows with this value in --forget_column."
+    )
+    group.add_argument(
+        "--timestep_range",
+        type=natural_number,
+        nargs=2,
+        default=None,
+        metavar=("LO", "HI"),
+        help="Train on timesteps LO <= t < HI only; all by default.",
+    )
+    group.add_argument(
+        "--validation_steps",
+        type=positive_int,
+        default=None,
+        help="Count the copies among fresh samples every so many steps; never by default.",
+    )
+    group.add_argument(
+        "--num_validation_images", type=positive_int, default=256, help="Samples of each such validation."
+    )
+    group.add_argument(
+        "--stop_when_forgotten",
+        action="store_true",
+        help="Stop at the first validation that finds no copy.",
+    )
+    group.add_argument(
+        "--max_skipped_steps",
+        type=positive_int,
+        default=20,
+        help="Give up after so many steps in a row whose gradients were not finite.",
+    )
+
+
+def check_unlearning_arguments(args: argparse.Namespace) -> tuple[Method, Rule]:
+    """The method and the rule that the arguments mean.
+
+    Raises:
+        UsageError: naming the flag, for anything that cannot be used.
+    """
+    try:
+        method = make_method(args.method, args.method_args)
+    except ValueError as error:
+        raise UsageError(f"--method_args: {error}")
+    if (args.forget_scaling is not None or args.forget_scale is not None) and not method.takes_scaling:
+        fitting = ", ".join(name for name, known in METHODS.items() if known.takes_scaling)
+        raise UsageError(
+            f"--forget_scaling and --forget_scale do not apply to --method {method.name}; drop them, or use {fitting}"
+        )
+    try:
+        scaling = scaling_rule(args.forget_scaling or "relative", args.forget_scale)
+    except ValueError as error:
+        raise UsageError(f"--forget_scale: {error}")
+    if args.calibrate_forgetting is not None and not method.subtracts_forget:
+        fitting = ", ".join(name for name, known in METHODS.items() if known.subtracts_forget)
+        raise UsageError(
+            f"--calibrate_forgetting needs a subtracted forget side, not --method {method.name}; use {fitting}"
+        )
+    given = [
+        flag
+        for flag, value in (
+            ("--forget_data_dir", args.forget_data_dir),
+            ("--forget_files", args.forget_files),
+            ("--forget_column", args.forget_column),
+        )
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other; give one")
+    if args.forget_value is not None and args.forget_column is None:
+        raise UsageError("--forget_value needs --forget_column")
+    if args.forget_files and args.train_data_dir is None:
+        raise UsageError("--forget_files needs --train_data_dir, which they are part of")
+    if args.timestep_range is not None and args.timestep_range[0] >= args.timestep_range[1]:
+        raise UsageError("--timestep_range LO HI needs LO below HI")
+    if args.stop_when_forgotten and args.validation_steps is None:
+        raise UsageError("--stop_when_forgotten needs --validation_steps, which says how often to look")
+    return method, method.rule(scaling)
+
+
+def check_output_dir(args: argparse.Namespace, model_files: tuple[str, ...]) -> None:
+    """Refuse an output directory that holds anything, unless told to overwrite or to resume.
+
+    Args:
+        model_files: files and folders that the script saves beside `RUN_FILES`.
+
+    Raises:
+        UsageError: naming the flags that help. Nothing is removed here.
+    """
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UsageError(f"--output_dir: {output_dir} is a file; name a folder")
+    for flag in ("pretrained_model_name_or_path", "train_data_dir", "forget_data_dir"):
+        given = getattr(args, flag)
+        if given is not None and Path(given).is_dir():
+            source, target = Path(given).resolve(), output_dir.resolve()
+            if source == target or target in source.parents:
+                raise UsageError(f"--output_dir must not be, or contain, --{flag}; name another folder")
+    if args.resume_from_checkpoint is None and not args.overwrite_output_dir:
+        if output_dir.is_dir() and any(output_dir.iterdir()):
+            raise UsageError(
+                f"--output_dir: {output_dir} is not empty; add --overwrite_output_dir to replace the run in it,"
+                " --resume_from_checkpoint latest to go on with it, or name another folder"
+            )
+
+
+def clear_output_dir(output_dir: Path, model_files: tuple[str, ...]) -> None:
+    """Remove what an earlier run left, and nothing that it did not write."""
+    import shutil
+
+    folders = [output_dir / name for name in (*RUN_FOLDERS, *model_files)]
+    folders += [*output_dir.glob("checkpoint-*"), *output_dir.glob("tmp-checkpoint-*")]
+    for folder in folders:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    for name in (*RUN_FILES, *model_files):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def shared_settings(args: argparse.Namespace) -> dict[str, int | float | bool | str]:
+    """The arguments that may be published: numbers, switches and names of ours, never a path, file name or value."""
+    names = ("method", "forget_scaling", "lr_scheduler", "mixed_precision", "prediction_type", "ddpm_beta_schedule")
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if isinstance(value, int | float) or (name in names and value is not None)
+    }
+
+
+def program_name() -> str:
+    return Path(sys.argv[0]).name

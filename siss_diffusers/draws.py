@@ -1,0 +1,49 @@
+"""Random draws keyed by what they are for, so that they do not depend on how the work is split.
+
+Every draw comes from a generator of its own, keyed by (seed, purpose, ...). The number of processes, the split into
+micro-batches and a resumed run therefore change nothing, and no random state has to be saved.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+
+# The key of a pair is (seed, PAIR, window, index of the pair in the window); likewise the others.
+PAIR, COMPONENT, ORDER, CALIBRATION, NEIGHBORS, MODEL = range(6)
+
+
+def keyed_generator(seed: int, purpose: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng([seed, purpose, *key])
+
+
+@lru_cache(maxsize=4)
+def mixture_components(seed: int, window: int, num_pairs: int, lam: float) -> np.ndarray:
+    """Which pairs of a window are made from their forget image: `(num_pairs,)` bool.
+
+    Stratified: `lam num_pairs` of them, rounded up or down at random so that the share is `lam` in expectation.
+    """
+    generator = keyed_generator(seed, COMPONENT, window)
+    count = int(lam * num_pairs + generator.random())
+    components = np.zeros(num_pairs, dtype=bool)
+    components[generator.permutation(num_pairs)[:count]] = True
+    return components
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, which: int, epoch: int, size: int) -> np.ndarray:
+    return keyed_generator(seed, ORDER, which, epoch).permutation(size)
+
+
+def shuffled_index(seed: int, which: int, position: int, size: int) -> int:
+    """The element at `position` of an endless sequence of reshuffled passes over `size` elements.
+
+    `which` tells apart sequences of the same seed (0: keep, 1: forget).
+    """
+    epoch, index = divmod(position, size)
+    return int(_epoch_order(seed, which, epoch, size)[index])
+
+
+def torch_seed(seed: int, purpose: int, *key: int) -> int:
+    """A seed for torch's global generator, for what draws inside the network (dropout)."""
+    return int(keyed_generator(seed, purpose, *key).integers(2**63))

@@ -1,0 +1,337 @@
+"""The gradient engine: two gradients per optimizer step, one collective, no copy that is not needed."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from siss_diffusers.combine import Products, Rule
+from siss_diffusers.methods.base import Rows
+
+
+# Inner products are summed over chunks of this many elements, then in float64: neither the precision of a long
+# float32 sum nor the 2^31 element limit of BLAS depends on the size of the model.
+DOT_CHUNK = 2**22
+
+# What travels with the gradients in the one collective; sums over the pairs of the whole window and all ranks.
+STATS = ("ranks", "pairs", "keep_loss", "forget_loss", "keep_weight", "forget_weight", "active_weight")
+
+UNKNOWN = Products(math.nan, math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step saw. Losses are weighted means over pairs and pixels, norms are those of the gradients
+    of losses summed over pixels; None where a scaling rule never forms the quantity.
+
+    Args:
+        forget_scale: c of the step `g_keep - c g_forget`, after calibration.
+        forget_active: share of the forget weight whose loss is still below its threshold; None without thresholds.
+        one_sided: no row of the window served the keep side, or none the forget side.
+        skipped: a gradient was not finite. The optimizer must not move the weights; see `PairedGradients.compute`.
+    """
+
+    keep_loss: float
+    forget_loss: float
+    grad_norm_keep: float | None
+    grad_norm_forget: float | None
+    grad_norm: float
+    forget_scale: float
+    forget_active: float | None
+    one_sided: bool
+    skipped: bool
+
+
+def split_by_side(rows: Rows) -> Iterator[tuple[Rows, bool, bool]]:
+    """Group rows so that none is run for a side on which its weight is zero.
+
+    Yields:
+        `(rows, serves_keep, serves_forget)` for the keep-only, the forget-only and the two-sided rows. Rows that serve
+        neither side are dropped. The weights are on the host, so nothing here waits for a device.
+    """
+    keep, forget = rows.keep_weight > 0, rows.forget_weight > 0
+    for mask, serves_keep, serves_forget in ((keep & ~forget, True, False), (forget & ~keep, False, True)) + (
+        (keep & forget, True, True),
+    ):
+        index = mask.nonzero().flatten()
+        if len(index):
+            yield rows[index], serves_keep, serves_forget
+
+
+class PairedGradients:
+    """Computes the combined gradient of one optimizer step and leaves it in `.grad`.
+
+    Three modes, chosen by what the rule needs:
+
+    - *paired* (the rule needs inner products): keep and forget rows accumulate into two flat float32 buffers, of which
+      each parameter's `.grad` is a view; one collective.
+    - *forget first* (the rule needs the forget norm only, or the coefficient is constant but for calibration): the
+      forget rows of the whole window, a collective, rescaling in place, then the keep rows into the same buffer and a
+      second collective. One buffer; rows that serve both sides run forward twice.
+    - *single* (constant coefficients): one scalar loss, one buffer, one collective.
+
+    Args:
+        parameters: trainable float32 parameters; those that do not require gradients are left out.
+        rule: from `Method.rule`.
+        thresholds: `(T,)`, the loss per pixel above which a forget row at each index of the path is dropped between
+            forward and backward (calibrated forgetting); None for none.
+        reduce: sums a flat tensor over all ranks, in place, such as `torch.distributed.all_reduce`; None for one rank.
+        scaler: the gradient scaler of fp16. The combined gradient is left scaled, as `scaler.step` expects it.
+
+    Raises:
+        ValueError: when nothing is trainable, or a trainable parameter is not float32.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        rule: Rule,
+        *,
+        thresholds: Tensor | None = None,
+        reduce: Callable[[Tensor], object] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        if not self.parameters:
+            raise ValueError("no parameter requires a gradient")
+        if any(parameter.dtype != torch.float32 for parameter in self.parameters):
+            raise ValueError("trainable parameters must be float32; mixed precision belongs in autocast")
+        self.rule = rule
+        self.reduce = reduce or (lambda tensor: None)
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        if rule.needs == "products":
+            self.mode = "paired"
+        elif rule.needs == "forget_norm" or thresholds is not None:
+            self.mode = "forget_first"
+        else:
+            self.mode = "single"
+
+        self.device = self.parameters[0].device
+        self.thresholds = None if thresholds is None else thresholds.to(self.device)
+        size = sum(parameter.numel() for parameter in self.parameters)
+        gradients = 2 if self.mode == "paired" else 1
+        self.flat = torch.zeros(gradients * size + len(STATS), device=self.device)
+        self.sums = self.flat[gradients * size :]
+        self.keep = self.flat[:size]
+        self.forget = self.flat[size : 2 * size] if self.mode == "paired" else self.keep
+        self.keep_views = self._views(self.keep)
+        self.forget_views = self._views(self.forget)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        # With the strides of the parameter (channels_last), so that autograd adds in place and optimizers may fuse.
+        views, offset = [], 0
+        for parameter in self.parameters:
+            view = flat[offset : offset + parameter.numel()]
+            views.append(view.as_strided(parameter.shape, parameter.stride()))
+            offset += parameter.numel()
+        return views
+
+    def _fill(self, views: list[Tensor]) -> None:
+        for parameter, view in zip(self.parameters, views):
+            parameter.grad = view
+
+    def _add(self, **sums: Tensor | float) -> None:
+        for name, value in sums.items():
+            self.sums[STATS.index(name)] += value
+
+    def compute(
+        self, window: Sequence[Rows], predict: Callable[[Rows], Tensor], max_grad_norm: float | None = None
+    ) -> StepStats:
+        """Run forward and backward over a window of micro-batches, combine, clip, and leave the result in `.grad`.
+
+        Call `optimizer.step()` afterwards in every case: where `skipped` is set, `.grad` is None, or, under a scaler,
+        infinite, so that the scaler skips the step and lowers its scale.
+
+        Args:
+            window: this rank's rows of all micro-batches of the step, on the host.
+            predict: the network's output `(R, C, H, W)` for rows on the device. Under DDP, inside `no_sync`.
+            max_grad_norm: bound of the norm of the combined gradient of losses summed over pixels; None for none.
+        """
+        self.flat.zero_()
+        self._add(ranks=1)
+        for rows in window:
+            self._add(
+                pairs=rows.num_pairs, keep_weight=rows.keep_weight.sum(), forget_weight=rows.forget_weight.sum()
+            )
+        if self.mode == "forget_first":
+            return self._compute_forget_first(window, predict, max_grad_norm)
+
+        for rows in window:
+            if self.mode == "single":
+                self._single_backward(rows, predict)
+            else:
+                for group, serves_keep, serves_forget in split_by_side(rows):
+                    self._backward(group, predict, serves_keep, serves_forget)
+        self.reduce(self.flat)
+
+        if self.mode == "single":
+            # The combination is linear and already done: the buffer holds c_keep g_keep + c_forget g_forget.
+            sums, unit, (squared_norm,) = self._read(window, dot(self.keep, self.keep))
+            products, coefficients, forget_scale = UNKNOWN, (1.0, 0.0), -self.rule(UNKNOWN)[1]
+        else:
+            sums, unit, squares = self._read(
+                window, dot(self.keep, self.keep), dot(self.keep, self.forget), dot(self.forget, self.forget)
+            )
+            products = Products(*squares)
+            finite = all(map(math.isfinite, squares))
+            coefficients = self._calibrated(products, sums) if finite else (1.0, 0.0)
+            squared_norm = combined_square(products, coefficients) if finite else math.nan
+            forget_scale = -coefficients[1]
+        return self._finish(sums, unit, products, coefficients, squared_norm, forget_scale, max_grad_norm)
+
+    def _compute_forget_first(
+        self, window: Sequence[Rows], predict: Callable[[Rows], Tensor], max_grad_norm: float | None
+    ) -> StepStats:
+        for rows in window:
+            index = (rows.forget_weight > 0).nonzero().flatten()
+            if len(index):
+                self._backward(rows[index], predict, serves_keep=False, serves_forget=True)
+        self.reduce(self.flat)
+        sums, unit, (forget_forget,) = self._read(window, dot(self.forget, self.forget))
+        products = Products(math.nan if sums["keep_weight"] > 0 else 0.0, math.nan, forget_forget)
+        coefficients = self._calibrated(products, sums) if math.isfinite(forget_forget) else (1.0, 0.0)
+
+        # Every rank holds the whole forget gradient now, and the second collective will sum it over the ranks.
+        self.forget.mul_(coefficients[1] / sums["ranks"])
+        self.sums.zero_()
+        self._add(pairs=sum(rows.num_pairs for rows in window))
+        if coefficients[0] != 0:
+            for rows in window:
+                index = (rows.keep_weight > 0).nonzero().flatten()
+                if len(index):
+                    self._backward(rows[index], predict, serves_keep=True, serves_forget=False)
+        self.reduce(self.flat)
+        keep_sums, _, (combined,) = self._read(window, dot(self.keep, self.keep))
+        sums["keep_loss"] = keep_sums["keep_loss"]
+        return self._finish(sums, unit, products, (1.0, 0.0), combined, -coefficients[1], max_grad_norm)
+
+    def _backward(
+        self, rows: Rows, predict: Callable[[Rows], Tensor], serves_keep: bool, serves_forget: bool
+    ) -> None:
+        """One forward of a group, and one backward for each side that it serves."""
+        rows = rows.to(self.device)
+        output = predict(rows).float()
+        if serves_keep:
+            loss = (rows.keep_weight * mean_squared_error(output, rows.keep_target)).sum()
+            self._fill(self.keep_views)
+            self._scaled(loss).backward(retain_graph=serves_forget)
+            self._add(keep_loss=loss.detach())
+        if serves_forget:
+            error = mean_squared_error(output, rows.forget_target)
+            weight = self._active_weight(rows, error)
+            self._fill(self.forget_views)
+            self._scaled((weight * error).sum()).backward()
+            self._add(forget_loss=(rows.forget_weight * error.detach()).sum(), active_weight=weight.sum())
+
+    def _single_backward(self, rows: Rows, predict: Callable[[Rows], Tensor]) -> None:
+        """One forward and one backward of the scalar loss `c_keep L_keep + c_forget L_forget`."""
+        keep_coefficient, forget_coefficient = self.rule(UNKNOWN)
+        rows = rows[((rows.keep_weight > 0) | (rows.forget_weight > 0)).nonzero().flatten()].to(self.device)
+        if len(rows) == 0:
+            return
+        output = predict(rows).float()
+        loss = output.new_zeros(())
+        if rows.keep_target is not None:
+            keep_loss = (rows.keep_weight * mean_squared_error(output, rows.keep_target)).sum()
+            loss = loss + keep_coefficient * keep_loss
+            self._add(keep_loss=keep_loss.detach())
+        if rows.forget_target is not None:
+            forget_loss = (rows.forget_weight * mean_squared_error(output, rows.forget_target)).sum()
+            loss = loss + forget_coefficient * forget_loss
+            self._add(forget_loss=forget_loss.detach(), active_weight=rows.forget_weight.sum())
+        self._fill(self.keep_views)
+        self._scaled(loss).backward()
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def _active_weight(self, rows: Rows, error: Tensor) -> Tensor:
+        """Calibrated forgetting: a row whose forget loss already exceeds its threshold is pushed no further."""
+        if self.thresholds is None:
+            return rows.forget_weight
+        return torch.where(error.detach() > self.thresholds[rows.timesteps], 0.0, rows.forget_weight)
+
+    def _calibrated(self, products: Products, sums: dict[str, float]) -> tuple[float, float]:
+        keep_coefficient, forget_coefficient = self.rule(products)
+        if self.thresholds is None:
+            return keep_coefficient, forget_coefficient
+        return keep_coefficient, forget_coefficient * self._active_share(sums)
+
+    @staticmethod
+    def _active_share(sums: dict[str, float]) -> float:
+        return sums["active_weight"] / sums["forget_weight"] if sums["forget_weight"] > 0 else 0.0
+
+    def _read(self, window: Sequence[Rows], *squares: Tensor) -> tuple[dict[str, float], float, list[float]]:
+        """The one wait for the device: sums, the unit of the gradients, and inner products in that unit."""
+        scale = self.sums.new_ones(()) if self.scaler is None else self.scaler.scale(self.sums.new_ones(()))
+        values = torch.cat([self.sums.double(), scale.double().reshape(1), *(square.reshape(1) for square in squares)])
+        values = values.tolist()
+        sums, squares = dict(zip((*STATS, "scale"), values)), values[len(STATS) + 1 :]
+        # Losses were means over pixels, sums over pairs, and scaled; gradients are wanted of losses summed over
+        # pixels and averaged over pairs.
+        pixels = window[0].noisy[0].numel()
+        unit = pixels / (sums["pairs"] * sums["scale"])
+        return sums, unit, [unit * unit * square for square in squares]
+
+    def _finish(
+        self,
+        sums: dict[str, float],
+        unit: float,
+        products: Products,
+        coefficients: tuple[float, float],
+        squared_norm: float,
+        forget_scale: float,
+        max_grad_norm: float | None,
+    ) -> StepStats:
+        losses = [sums["keep_loss"] / sums["pairs"], sums["forget_loss"] / sums["pairs"]]
+        skipped = not all(map(math.isfinite, [*losses, squared_norm]))
+        norms = [None if math.isnan(square) else math.sqrt(square) for square in (products[0], products[2])]
+        if skipped:
+            self._refuse()
+        else:
+            # Under a scaler the gradient is left scaled: `scaler.step` unscales it, exactly, by a power of two.
+            factor = unit * sums["scale"]
+            if max_grad_norm is not None:
+                factor *= min(1.0, max_grad_norm / (math.sqrt(squared_norm) + 1e-6))
+            self.keep.mul_(coefficients[0] * factor)
+            if coefficients[1] != 0:
+                self.keep.add_(self.forget, alpha=coefficients[1] * factor)
+            self._fill(self.keep_views)
+        return StepStats(
+            keep_loss=losses[0],
+            forget_loss=losses[1],
+            grad_norm_keep=norms[0],
+            grad_norm_forget=norms[1],
+            grad_norm=math.sqrt(squared_norm) if not skipped else math.nan,
+            forget_scale=forget_scale,
+            forget_active=None if self.thresholds is None else self._active_share(sums),
+            one_sided=sums["keep_weight"] == 0 or sums["forget_weight"] == 0,
+            skipped=skipped,
+        )
+
+    def _refuse(self) -> None:
+        if self.scaler is None:
+            for parameter in self.parameters:
+                parameter.grad = None
+        else:
+            self.keep.fill_(math.inf)
+            self._fill(self.keep_views)
+
+
+def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over pixels for each row, `(R,)`. The mean, not the sum, goes backward: a sum would overflow fp16."""
+    return (output - target).square().flatten(1).mean(1)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of two flat float32 tensors, summed over chunks in float64."""
+    chunks = [torch.dot(x, y) for x, y in zip(a.split(DOT_CHUNK), b.split(DOT_CHUNK))]
+    return torch.stack(chunks).double().sum()
+
+
+def combined_square(products: Products, coefficients: tuple[float, float]) -> float:
+    """Squared norm of `c_keep g_keep + c_forget g_forget`."""
+    (k, f), (kk, kf, ff) = coefficients, products
+    return max(k * k * kk + 2 * k * f * kf + f * f * ff, 0.0)

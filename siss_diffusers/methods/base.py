@@ -1,0 +1,188 @@
+"""What a method is: for a batch of pairs, rows of a weighted regression, and a rule that combines two gradients."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from siss_diffusers.combine import Rule
+from siss_diffusers.noising import GaussianPath
+from siss_diffusers.weights import NEGLIGIBLE_WEIGHT
+
+
+@dataclass
+class Query:
+    """B pairs of a keep and a forget image, with everything that was drawn for them.
+
+    Args:
+        keep, forget, noise: x, a and eps, `(B, C, H, W)`.
+        timesteps: `(B,)` int64, indices into `path`; x and a share timestep and noise.
+        from_forget: `(B,)` bool, the component of the mixture: whether m is made from a.
+        path: the noise levels.
+        same_condition: `(B,)` bool, whether x and a carry the same prompt; None where there are no prompts.
+        uniform: `(B, C, H, W)`, U[0, 1) noise; only for a method that `draws_uniform`.
+        neighbors: `(B, K, C, H, W)`, the keep images nearest to a; only for a method with `num_neighbors`.
+    """
+
+    keep: Tensor
+    forget: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    from_forget: Tensor
+    path: GaussianPath
+    same_condition: Tensor | None = None
+    uniform: Tensor | None = None
+    neighbors: Tensor | None = None
+
+    def noisy(self, sample: Tensor) -> Tensor:
+        return self.path.add_noise(sample, self.noise, self.timesteps)
+
+    def target(self, sample: Tensor, noise: Tensor) -> Tensor:
+        return self.path.target(sample, noise, self.timesteps)
+
+
+@dataclass
+class Rows:
+    """R rows of the regression: the loss is `sum_r w_r |network(m_r) - y_r|^2` on each side, averaged over pairs.
+
+    Args:
+        noisy: m, `(R, C, H, W)`.
+        timesteps: `(R,)` int64, indices into the path.
+        pair: `(R,)` int64, the pair of the query that a row belongs to.
+        from_forget: `(R,)` bool, whether m was made from the forget image, and so carries its prompt.
+        keep_target, forget_target: `(R, C, H, W)`, in the model's own parametrisation; None where the side is unused.
+        keep_weight, forget_weight: `(R,)` float32; zero where the row does not serve that side.
+        num_pairs: B of the query, what losses are averaged over; kept when rows are selected.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    pair: Tensor
+    from_forget: Tensor
+    keep_target: Tensor | None
+    keep_weight: Tensor
+    forget_target: Tensor | None
+    forget_weight: Tensor
+    num_pairs: int
+
+    def __post_init__(self) -> None:
+        self.keep_weight = drop_negligible(self.keep_weight)
+        self.forget_weight = drop_negligible(self.forget_weight)
+
+    def __len__(self) -> int:
+        return len(self.noisy)
+
+    def __getitem__(self, index: Tensor) -> "Rows":
+        return self._map(lambda value: value[index])
+
+    def to(self, device: torch.device | str) -> "Rows":
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Rows":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+    def reweighted(self, weight: Tensor) -> "Rows":
+        """Multiply both sides by a weight per row `(R,)`, such as the signal-to-noise ratio at its timestep."""
+        return replace(self, keep_weight=self.keep_weight * weight, forget_weight=self.forget_weight * weight)
+
+
+def drop_negligible(weight: Tensor) -> Tensor:
+    return torch.where(weight < NEGLIGIBLE_WEIGHT, 0.0, weight.float())
+
+
+def stack_rows(keep: Rows, forget: Rows) -> Rows:
+    """The 2B rows of a method that noises both images: first those made from x, then those made from a."""
+    values = {"num_pairs": keep.num_pairs}
+    for field in fields(Rows):
+        first, second = getattr(keep, field.name), getattr(forget, field.name)
+        if field.name.endswith("_target") and (first is None) != (second is None):
+            # The missing half has weight zero; only its shape matters.
+            first, second = [torch.zeros_like(keep.noisy) if half is None else half for half in (first, second)]
+        if isinstance(first, Tensor):
+            values[field.name] = torch.cat([first, second])
+        elif first is None:
+            values[field.name] = None
+    return Rows(**values)
+
+
+class Method(ABC):
+    """A method of data unlearning. Its hyperparameters are the fields of the dataclass that subclasses it.
+
+    Class attributes:
+        name: as in `--method`.
+        summary: one line for `--help`.
+        takes_scaling: whether the forget gradient is subtracted by a scaling rule of the user's choice.
+        subtracts_forget: whether the forget loss is ascended, and so can be calibrated.
+        draws_uniform: whether the query needs `uniform`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    takes_scaling: ClassVar[bool] = False
+    subtracts_forget: ClassVar[bool] = False
+    draws_uniform: ClassVar[bool] = False
+
+    @abstractmethod
+    def rows(self, query: Query) -> Rows:
+        """The rows of the regression for a batch of pairs; nothing here depends on the network."""
+
+    @abstractmethod
+    def rule(self, scaling: Rule) -> Rule:
+        """How the two gradients are combined: `scaling`, the user's choice, or a rule of the method's own."""
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, object]:
+        """Names of the `--method_args`, with their defaults."""
+        return {field.name: field.default for field in fields(cls)}
+
+    @staticmethod
+    def _rows(
+        query: Query,
+        sample: Tensor,
+        from_forget: Tensor,
+        keep: tuple[Tensor, Tensor] | None = None,
+        forget: tuple[Tensor, Tensor] | None = None,
+    ) -> Rows:
+        """Rows of noised `sample` `(B, C, H, W)`; `keep` and `forget` are (target, weight) of a side."""
+        unused = (None, torch.zeros(len(sample)))
+        keep_target, keep_weight = keep or unused
+        forget_target, forget_weight = forget or unused
+        return Rows(
+            noisy=query.noisy(sample),
+            timesteps=query.timesteps,
+            pair=torch.arange(len(sample)),
+            from_forget=from_forget,
+            keep_target=keep_target,
+            keep_weight=keep_weight,
+            forget_target=forget_target,
+            forget_weight=forget_weight,
+            num_pairs=len(sample),
+        )
+
+    @classmethod
+    def _keep_rows(cls, query: Query) -> Rows:
+        """x_t against its own noise, weight 1: the loss of naive deletion."""
+        target = query.target(query.keep, query.noise)
+        return cls._rows(
+            query, query.keep, torch.zeros(len(target), dtype=torch.bool), keep=(target, torch.ones(len(target)))
+        )
+
+    @classmethod
+    def _forget_rows(cls, query: Query) -> Rows:
+        """a_t against its own noise, weight 1: the loss that NegGrad ascends."""
+        target = query.target(query.forget, query.noise)
+        return cls._rows(
+            query, query.forget, torch.ones(len(target), dtype=torch.bool), forget=(target, torch.ones(len(target)))
+        )
+
+
+def check_unit_interval(name: str, value: float, open_interval: bool = False) -> None:
+    """Raise ValueError unless `value` lies in [0, 1], or in (0, 1) where the interval is open."""
+    if not (0 < value < 1 if open_interval else 0 <= value <= 1):
+        interval = "strictly between 0 and 1" if open_interval else "in [0, 1]"
+        raise ValueError(f"{name} must lie {interval}, not {value}")

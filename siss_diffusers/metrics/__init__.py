@@ -1,0 +1,1 @@
+"""Metrics of forgetting and of what is kept: pure functions of tensors, one file each."""

@@ -1,0 +1,114 @@
+"""Which samples are copies of a forget image: a damaged copy is still a copy, so any detector may flag it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pixel_l2(samples: Tensor, references: Tensor) -> Tensor:
+    """Distance to the nearest reference, `(N,)`: the T-shirt rule of the SISS paper. Pixels in [0, 1].
+
+    Args:
+        samples: `(N, C, H, W)`.
+        references: `(K, C, H, W)`.
+    """
+    return torch.cdist(samples.flatten(1), references.flatten(1)).amin(1)
+
+
+def correlation(samples: Tensor, references: Tensor, max_shift: int = 1) -> Tensor:
+    """Highest zero-mean normalised correlation with any reference moved by up to `max_shift` pixels, `(N,)` in [-1, 1].
+
+    Indifferent to brightness and contrast, and little moved by noise, blur and small translations, which all defeat
+    a pixel distance. Each channel is centred on its own, so a shift of colours does not hide a copy either. A flat
+    sample correlates with nothing: 0.
+
+    Args:
+        samples: `(N, C, H, W)`.
+        references: `(K, C, H, W)`.
+    """
+    height, width = references.shape[-2:]
+    padded = F.pad(references, (max_shift,) * 4, mode="replicate")
+    moved = torch.cat(
+        [
+            padded[..., top : top + height, left : left + width]
+            for top in range(2 * max_shift + 1)
+            for left in range(2 * max_shift + 1)
+        ]
+    )
+    samples, moved = (images - images.mean(dim=(2, 3), keepdim=True) for images in (samples, moved))
+    return (F.normalize(samples.flatten(1), dim=1) @ F.normalize(moved.flatten(1), dim=1).T).amax(1)
+
+
+@dataclass(frozen=True)
+class CopyDetectors:
+    """Pixel L2 and correlation with thresholds for one forget set; by `calibrated`, never by hand.
+
+    Args:
+        references: the forget images, `(K, C, H, W)` in [0, 1].
+        max_distance: a sample nearer than this is a copy.
+        min_correlation: a sample that correlates more than this is a copy.
+    """
+
+    references: Tensor
+    max_distance: float
+    min_correlation: float
+
+    @classmethod
+    def calibrated(cls, references: Tensor, keep: Tensor) -> "CopyDetectors":
+        """Thresholds halfway between a perfect copy and the keep image `(M, C, H, W)` that looks most like one, so that
+        no keep image is flagged and new pictures like them have room."""
+        return cls(
+            references=references,
+            max_distance=pixel_l2(keep, references).min().item() / 2,
+            min_correlation=(1 + correlation(keep, references).max().item()) / 2,
+        )
+
+    def flags(self, samples: Tensor) -> dict[str, Tensor]:
+        """For each detector which samples `(N, C, H, W)` in [0, 1] are copies, `(N,)` bool; `any` joins them."""
+        flags = {
+            "pixel_l2": pixel_l2(samples, self.references) < self.max_distance,
+            "correlation": correlation(samples, self.references) > self.min_correlation,
+        }
+        return flags | {"any": torch.stack(list(flags.values())).any(0)}
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson, JASA 1927), 95 % by default. (0, 1) without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    share = successes / trials
+    center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    low = 0.0 if successes == 0 else max(center - half, 0.0)
+    high = 1.0 if successes == trials else min(center + half, 1.0)
+    return low, high
+
+
+def copy_statistics(flags: dict[str, Tensor]) -> dict[str, float | int | dict[str, float]]:
+    """The copy entries of `evaluation.json`, from `CopyDetectors.flags`."""
+    copies, samples = int(flags["any"].sum()), len(flags["any"])
+    low, high = wilson_interval(copies, samples)
+    return {
+        "samples": samples,
+        "copy_share": copies / samples,
+        "copy_share_low": low,
+        "copy_share_high": high,
+        "copy_share_by_detector": {name: flag.float().mean().item() for name, flag in flags.items() if name != "any"},
+    }
+
+
+def frame_copies(samples: Tensor, copies: Sequence[bool], columns: int, scale: int = 4) -> Tensor:
+    """A picture `(3, H, W)` uint8 of a grid of samples, the copies framed in red."""
+    samples = samples.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    tiles = F.pad((samples * 255).round().byte(), (2, 2, 2, 2), value=40)
+    red = torch.tensor([230, 40, 40], dtype=torch.uint8).reshape(3, 1)
+    for tile, is_copy in zip(tiles, copies):
+        if is_copy:
+            tile[:, :2] = tile[:, -2:] = red[..., None]
+            tile[:, :, :2] = tile[:, :, -2:] = red[..., None]
+    rows = tiles[: len(tiles) // columns * columns].unflatten(0, (-1, columns))
+    return rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)

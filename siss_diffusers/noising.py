@@ -1,0 +1,118 @@
+"""Gaussian paths: how a clean sample is mixed with noise, and what the network is asked to predict."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+
+def broadcast_to(coefficient: Tensor, like: Tensor) -> Tensor:
+    """Append axes to a per-sample coefficient `(B,)` until it multiplies `like` `(B, ...)`."""
+    return coefficient.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(sample: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The forward process `m_t = alpha_t x + sigma_t eps`.
+
+    Args:
+        sample, noise: `(B, ...)`.
+        alpha, sigma: `(B,)`.
+    """
+    return broadcast_to(alpha, sample) * sample + broadcast_to(sigma, sample) * noise
+
+
+def prediction_target(prediction_type: str, sample: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What the network should output at `alpha x + sigma eps`, in its own parametrisation.
+
+    Args:
+        prediction_type: `epsilon`: eps; `sample`: x; `v_prediction`: alpha eps - sigma x (Salimans & Ho, arXiv
+            2202.00512); `flow_prediction`: the velocity eps - x of rectified flow (Esser et al., arXiv
+            2403.03206).
+        sample, noise: `(B, ...)`.
+        alpha, sigma: `(B,)`.
+
+    Raises:
+        ValueError: for an unknown `prediction_type`.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return sample
+    if prediction_type == "v_prediction":
+        return broadcast_to(alpha, sample) * noise - broadcast_to(sigma, sample) * sample
+    if prediction_type == "flow_prediction":
+        return noise - sample
+    raise ValueError(f"unknown prediction type {prediction_type!r}: one of {', '.join(PREDICTION_TYPES)}")
+
+
+@dataclass(frozen=True)
+class GaussianPath:
+    """The noise levels of a scheduler, from the least noisy (index 0) to the most.
+
+    Args:
+        alphas, sigmas: `(T,)` float32, the coefficients of the sample and of the noise.
+        model_timesteps: `(T,)`, what the network is told at each index.
+        prediction_type: one of `PREDICTION_TYPES`.
+    """
+
+    alphas: Tensor
+    sigmas: Tensor
+    model_timesteps: Tensor
+    prediction_type: str
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"unknown prediction type {self.prediction_type!r}: one of {', '.join(PREDICTION_TYPES)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    @classmethod
+    def from_scheduler(cls, scheduler) -> "GaussianPath":
+        """Read the path of a diffusers scheduler: any with `alphas_cumprod`, or a `FlowMatch...` one.
+
+        Raises:
+            ValueError: for a scheduler of another kind (karras sigmas, score-based SDEs).
+        """
+        if hasattr(scheduler, "alphas_cumprod"):
+            alphas_cumprod = scheduler.alphas_cumprod.float()
+            return cls(
+                alphas=alphas_cumprod.sqrt(),
+                sigmas=(1 - alphas_cumprod).sqrt(),
+                model_timesteps=torch.arange(len(alphas_cumprod)),
+                prediction_type=scheduler.config.prediction_type,
+            )
+        if type(scheduler).__name__.startswith("FlowMatch"):
+            # A fresh one: `set_timesteps` replaces the training sigmas by those of inference.
+            scheduler = type(scheduler).from_config(scheduler.config)
+            sigmas = scheduler.sigmas[: scheduler.config.num_train_timesteps].float().flip(0)
+            return cls(
+                alphas=1 - sigmas,
+                sigmas=sigmas,
+                model_timesteps=sigmas * scheduler.config.num_train_timesteps,
+                prediction_type="flow_prediction",
+            )
+        raise ValueError(f"{type(scheduler).__name__} has neither `alphas_cumprod` nor a flow-matching path")
+
+    def to(self, device: torch.device | str) -> "GaussianPath":
+        return replace(
+            self,
+            alphas=self.alphas.to(device),
+            sigmas=self.sigmas.to(device),
+            model_timesteps=self.model_timesteps.to(device),
+        )
+
+    def add_noise(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`m_t` for indices `timesteps` `(B,)` into the path."""
+        return add_noise(sample, noise, self.alphas[timesteps], self.sigmas[timesteps])
+
+    def target(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should output at `add_noise(sample, noise, timesteps)`."""
+        return prediction_target(
+            self.prediction_type, sample, noise, self.alphas[timesteps], self.sigmas[timesteps]
+        )
