@@ -2,12 +2,13 @@
 
 import argparse
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from siss_diffusers.calibration import DEFAULT_QUANTILE
-from siss_diffusers.combine import FORGET_SCALINGS, Rule, scaling_rule
+from siss_diffusers.combine import DEFAULT_SCALE, FORGET_SCALINGS, Rule, scaling_rule
 from siss_diffusers.errors import UsageError
 from siss_diffusers.methods import METHODS, Method, make_method
 
@@ -148,7 +149,7 @@ def add_unlearning_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_unlearning_arguments(args: argparse.Namespace) -> tuple[Method, Rule]:
-    """The method and the rule that the arguments mean.
+    """The method and the rule that the arguments mean; fills in the defaults of the scaling rule.
 
     Raises:
         UsageError: naming the flag, for anything that cannot be used.
@@ -162,6 +163,10 @@ def check_unlearning_arguments(args: argparse.Namespace) -> tuple[Method, Rule]:
         raise UsageError(
             f"--forget_scaling and --forget_scale do not apply to --method {method.name}; drop them, or use {fitting}"
         )
+    if method.takes_scaling:
+        args.forget_scaling = args.forget_scaling or "relative"
+        if args.forget_scale is None and args.forget_scaling in ("relative", "fixed"):
+            args.forget_scale = DEFAULT_SCALE
     try:
         scaling = scaling_rule(args.forget_scaling or "relative", args.forget_scale)
     except ValueError as error:
@@ -193,11 +198,8 @@ def check_unlearning_arguments(args: argparse.Namespace) -> tuple[Method, Rule]:
     return method, method.rule(scaling)
 
 
-def check_output_dir(args: argparse.Namespace, model_files: tuple[str, ...]) -> None:
+def check_output_dir(args: argparse.Namespace) -> None:
     """Refuse an output directory that holds anything, unless told to overwrite or to resume.
-
-    Args:
-        model_files: files and folders that the script saves beside `RUN_FILES`.
 
     Raises:
         UsageError: naming the flags that help. Nothing is removed here.
@@ -220,9 +222,11 @@ def check_output_dir(args: argparse.Namespace, model_files: tuple[str, ...]) -> 
 
 
 def clear_output_dir(output_dir: Path, model_files: tuple[str, ...]) -> None:
-    """Remove what an earlier run left, and nothing that it did not write."""
-    import shutil
+    """Remove what an earlier run left, and nothing that it did not write.
 
+    Args:
+        model_files: files and folders of the model that the script saves.
+    """
     folders = [output_dir / name for name in (*RUN_FOLDERS, *model_files)]
     folders += [*output_dir.glob("checkpoint-*"), *output_dir.glob("tmp-checkpoint-*")]
     for folder in folders:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -71,6 +70,18 @@ def write_json(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def append_json_line(path: Path, content: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def truncate_json_lines(path: Path, last_step: int) -> None:
+    """Drop the lines of steps that a resumed run will do again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last_step]
+        path.write_text("".join(line + "\n" for line in lines))
 
 
 def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], total_limit: int | None) -> Path:

@@ -205,9 +205,7 @@ def forget_rows_of(
             raise UsageError(f"--forget_value is needed, since the column {forget_column!r} is not boolean")
         return [index for index, value in enumerate(values) if value]
     names = [feature.int2str(value) for value in values] if isinstance(feature, datasets.ClassLabel) else values
-    return [
-        index for index, (value, name) in enumerate(zip(values, names)) if forget_value in (str(value), str(name))
-    ]
+    return [index for index, (value, name) in enumerate(zip(values, names)) if forget_value in (str(value), str(name))]
 
 
 def nearest_neighbors(keep: Images, forget: Images, num_neighbors: int, seed: int) -> tuple[list[list[int]], int]:

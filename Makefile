@@ -1,0 +1,41 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer and nothing else installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := siss_diffusers train_siss_unconditional.py benchmarks examples tests setup.py
+
+.PHONY: demo demo-unconditional test test-full bench style quality clean
+
+# Until Stable Diffusion's demo takes the name.
+demo: demo-unconditional
+
+demo-unconditional: $(INSTALLED)
+	$(BIN)/python examples/demo_unconditional.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-full: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/step_cost.py
+
+style: $(INSTALLED)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+quality: $(INSTALLED)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info
+
+$(INSTALLED): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+version = next(
+    line.split('"')[1]
+    for line in Path("siss_diffusers/__init__.py").read_text().splitlines()
+    if "__version__ =" in line
+)
+
+extras = {
+    # inception scores and the digit classifier of the demos, their pictures
+    "eval": ["scikit-learn>=1.5", "scipy>=1.13", "matplotlib>=3.9"],
+    "8bit": ["bitsandbytes>=0.45"],
+    "wandb": ["wandb>=0.19"],
+    "quality": ["ruff>=0.12"],
+}
+extras["dev"] = [*extras["eval"], *extras["8bit"], *extras["quality"], "pytest>=8", "hypothesis>=6.100"]
+
+setup(
+    name="siss_diffusers",
+    version=version,
+    description="Data unlearning for diffusers: make a diffusion model forget training images and keep the rest",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["siss_diffusers", "siss_diffusers.*"]),
+    py_modules=["train_siss_unconditional"],
+    package_data={"siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"]},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "diffusers>=0.42",
+        "transformers>=5.6",
+        "accelerate>=1.15",
+        "peft>=0.21",
+        "datasets>=5",
+        "safetensors>=0.5",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+        "Pillow>=10",
+        "numpy>=1.26",
+    ],
+    extras_require=extras,
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

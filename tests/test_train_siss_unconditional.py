@@ -1,0 +1,368 @@
+"""The script as a user runs it, on the shipped model; most of it in process, a few real launches."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_DIGITS, NUM_GARMENTS, TINY_MODEL, to_argv, write_images
+from diffusers import DDPMPipeline, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from siss_diffusers import METHODS
+from siss_diffusers.assets.digits import digit_images, garment_image
+from siss_diffusers.errors import run
+from train_siss_unconditional import main
+
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "train_log.jsonl").read_text().splitlines()]
+
+
+def without_times(log: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "step_seconds"} for line in log]
+
+
+def assert_same_gradients(log: list[dict], other: list[dict]) -> None:
+    """The first step's gradients agree to float32 rounding; later ones as far as Adam lets rounding grow."""
+    assert len(log) == len(other)
+    for index, (line, other_line) in enumerate(zip(log, other)):
+        for key in ("keep_loss", "forget_loss", "grad_norm_keep", "grad_norm_forget", "forget_scale"):
+            assert line[key] == pytest.approx(other_line[key], rel=1e-5 if index == 0 else 1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_saves_a_loadable_pipeline(method, base_args, tmp_path):
+    main(to_argv(base_args | {"--method": method}))
+    out = tmp_path / "out"
+    report = json.loads((out / "unlearning.json").read_text())
+    assert report["method"] == method
+    assert report["global_step"] == 2 and report["skipped_steps"] == 0
+    assert report["data"] == {
+        "train": NUM_DIGITS + NUM_GARMENTS,
+        "forget": 1,
+        "keep": NUM_DIGITS,
+        "duplicates_removed": NUM_GARMENTS - 1,
+    }
+    assert [line["step"] for line in read_log(out)] == [1, 2]
+    before, after = load_file(TINY_MODEL / WEIGHTS), load_file(out / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    images = DDPMPipeline.from_pretrained(out)(num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"--forget_scaling": "norm", "--forget_scale": "5"},
+        {"--forget_scaling": "fixed"},
+        {"--forget_scaling": "nash"},
+        {"--calibrate_forgetting": None},
+        {"--calibrate_forgetting": "0.75", "--forget_scaling": "norm", "--forget_scale": "5"},
+        {"--calibrate_forgetting": "0.75", "--method": "neggrad", "--method_args": "scale=0.1"},
+        {"--mixed_precision": "bf16"},
+        {"--prediction_type": "v_prediction"},
+        {"--prediction_type": "sample"},
+        {"--use_ema": None, "--lr_scheduler": "cosine", "--lr_warmup_steps": "1"},
+        {"--random_flip": None, "--dataloader_num_workers": "1", "--gradient_checkpointing": None},
+        {"--report_to": "tensorboard", "--save_images_epochs": "1", "--num_epochs": "1", "--max_train_steps": None},
+    ],
+    ids=lambda flags: " ".join(f"{flag} {value or ''}".strip("- ") for flag, value in flags.items()),
+)
+def test_variants_run(flags, base_args, tmp_path):
+    flags = base_args | flags
+    if "--num_epochs" in flags:
+        del flags["--max_train_steps"]
+    main(to_argv(flags))
+    log = read_log(tmp_path / "out")
+    assert len(log) == (NUM_DIGITS // 4 if "--num_epochs" in flags else 2)
+    assert all(np.isfinite(line["keep_loss"]) for line in log)
+    assert all(("forget_active" in line) == ("--calibrate_forgetting" in flags) for line in log)
+    assert (tmp_path / "out" / "logs").exists() == (flags["--report_to"] == "tensorboard")
+
+
+def test_8bit_adam(base_args, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    try:
+        main(to_argv(base_args | {"--use_8bit_adam": None}))
+    except (NotImplementedError, RuntimeError) as error:
+        pytest.skip(f"this bitsandbytes has no 8-bit optimizer for this device: {error}")
+    assert len(read_log(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"--use_ema": None, "--lr_scheduler": "cosine", "--calibrate_forgetting": None},
+        {"--forget_scaling": "norm", "--forget_scale": "5", "--gradient_accumulation_steps": "2"},
+    ],
+    ids=["ema-cosine-calibrated", "norm-accumulated"],
+)
+def test_resume_is_the_uninterrupted_run_bit_for_bit(flags, base_args, tmp_path):
+    flags = base_args | {"--max_train_steps": "4", "--checkpointing_steps": "2"} | flags
+    main(to_argv(flags))
+    whole, resumed = tmp_path / "out", tmp_path / "resumed"
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoint-4")
+    (resumed / WEIGHTS).unlink()
+    main(to_argv(flags | {"--output_dir": str(resumed), "--resume_from_checkpoint": "latest"}))
+    for name in (WEIGHTS, f"checkpoint-4/{WEIGHTS}", "checkpoint-4/state.safetensors"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+    states = [json.loads((folder / "checkpoint-4" / "state.json").read_text()) for folder in (whole, resumed)]
+    for state in states:
+        del state["progress"]["train_seconds"]
+    assert states[0] == states[1]
+    assert without_times(read_log(whole)) == without_times(read_log(resumed))
+
+
+def test_the_split_into_micro_batches_changes_nothing(base_args, tmp_path):
+    main(to_argv(base_args | {"--train_batch_size": "8"}))
+    split = base_args | {"--train_batch_size": "2", "--gradient_accumulation_steps": "4"}
+    main(to_argv(split | {"--output_dir": str(tmp_path / "split")}))
+    assert_same_gradients(read_log(tmp_path / "out"), read_log(tmp_path / "split"))
+
+
+def test_checkpoints_rotate(base_args, tmp_path):
+    flags = {"--max_train_steps": "4", "--checkpointing_steps": "1", "--checkpoints_total_limit": "2"}
+    main(to_argv(base_args | flags))
+    assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
+    assert not list((tmp_path / "out").rglob("*.pkl")) and not list((tmp_path / "out").rglob("*.bin"))
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(base_args, tmp_path):
+    main(to_argv(base_args | {"--checkpointing_steps": "1"}))
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    main(to_argv(base_args | {"--overwrite_output_dir": None, "--max_train_steps": "1"}))
+    assert len(read_log(tmp_path / "out")) == 1
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_validation_stops_when_nothing_is_left(base_args, tmp_path):
+    """With a forget image that the model never makes, the first validation finds no copy."""
+    checkers = np.indices((8, 8)).sum(0) % 2 * np.uint8(255)
+    folder = write_images(tmp_path / "checkers", {"checkers.png": checkers.astype(np.uint8)})
+    flags = base_args | {"--forget_data_dir": str(folder), "--max_train_steps": "6"}
+    del flags["--forget_files"]
+    validation = {"--validation_steps": "2", "--num_validation_images": "4", "--ddpm_num_inference_steps": "4"}
+    main(to_argv(flags | validation | {"--stop_when_forgotten": None}))
+    assert len(read_log(tmp_path / "out")) == 2
+    (line,) = (tmp_path / "out" / "validation_log.jsonl").read_text().splitlines()
+    assert json.loads(line)["copy_share"] == 0
+
+
+class TestForgetSets:
+    def count(self, tmp_path) -> dict:
+        return json.loads((tmp_path / "out" / "unlearning.json").read_text())["data"]
+
+    def test_folder(self, base_args, garment_folder, tmp_path):
+        del base_args["--forget_files"]
+        main(to_argv(base_args | {"--forget_data_dir": str(garment_folder), "--max_train_steps": "1"}))
+        assert self.count(tmp_path)["duplicates_removed"] == NUM_GARMENTS
+
+    def test_boolean_column_of_metadata(self, base_args, tmp_path):
+        images = {f"{index}.png": image for index, image in enumerate(digit_images()[0][:5])}
+        folder = write_images(tmp_path / "data", images | {"x.png": garment_image()})
+        lines = [{"file_name": name, "forget": name == "x.png"} for name in [*images, "x.png"]]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        del base_args["--forget_files"]
+        main(to_argv(base_args | {"--train_data_dir": str(folder), "--max_train_steps": "1"}))
+        assert self.count(tmp_path) == {"train": 6, "forget": 1, "keep": 5, "duplicates_removed": 0}
+
+    def test_value_of_a_class_column_in_a_local_data_set(self, base_args, tmp_path):
+        write_images(tmp_path / "data" / "digit", {f"{i}.png": image for i, image in enumerate(digit_images()[0][:5])})
+        write_images(tmp_path / "data" / "garment", {"a.png": garment_image(), "b.png": garment_image() // 2})
+        del base_args["--forget_files"], base_args["--train_data_dir"]
+        flags = {"--dataset_name": str(tmp_path / "data"), "--forget_column": "label", "--forget_value": "garment"}
+        main(to_argv(base_args | flags | {"--max_train_steps": "1"}))
+        assert self.count(tmp_path) == {"train": 7, "forget": 2, "keep": 5, "duplicates_removed": 0}
+
+
+def test_what_must_be_forgotten_is_not_written_or_printed(base_args, digits_folder, tmp_path, capfd, caplog):
+    folder = shutil.copytree(digits_folder, tmp_path / "data")
+    (folder / "garment_0.png").rename(folder / "jane_doe.png")
+    flags = {"--train_data_dir": str(folder), "--forget_files": "jane_doe.png", "--report_to": "tensorboard"}
+    main(to_argv(base_args | flags | {"--checkpointing_steps": "1"}))
+    printed = "".join(capfd.readouterr()) + caplog.text
+    assert "jane_doe" not in printed
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"jane_doe" not in content and str(tmp_path).encode() not in content, path
+    assert oct((tmp_path / "out" / "receipt.json").stat().st_mode)[-3:] == "600"
+
+
+def truncated_png(folder: Path) -> None:
+    path = folder / "digit_00.png"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def colours(folder: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / "red.png")
+
+
+def no_images(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def only_garments(folder: Path) -> None:
+    for path in folder.glob("digit_*"):
+        path.unlink()
+
+
+BAD_INPUT = {
+    "no forget set": ({"--forget_files": ...}, None, "--forget_data_dir"),
+    "forget file that is not there": ({"--forget_files": "nobody.png"}, None, "--forget_files: nobody.png is not in"),
+    "two forget sets": ({"--forget_column": "label"}, None, "exclude each other"),
+    "empty forget folder": ({"--forget_files": ..., "--forget_data_dir": "EMPTY"}, None, "--forget_data_dir"),
+    "missing forget folder": ({"--forget_files": ..., "--forget_data_dir": "NOWHERE"}, None, "--forget_data_dir"),
+    "unknown column": ({"--forget_files": ..., "--forget_column": "person"}, None, "--forget_column"),
+    "value without column": ({"--forget_value": "x"}, None, "--forget_value needs --forget_column"),
+    "no training images": ({}, no_images, "--train_data_dir"),
+    "missing training folder": ({"--train_data_dir": "NOWHERE"}, None, "--train_data_dir"),
+    "no training set": ({"--train_data_dir": ...}, None, "--train_data_dir or --dataset_name"),
+    "nothing left to keep": ({}, only_garments, "nothing to keep"),
+    "truncated image": ({}, truncated_png, "digit_00.png"),
+    "colours for a grey model": ({}, colours, "colours"),
+    "resolution": ({"--resolution": "9"}, None, "--resolution 9"),
+    "unknown method": ({"--method": "forget_it"}, None, "--method"),
+    "unknown method argument": ({"--method_args": "lamda=0.5"}, None, "lam=0.5"),
+    "method argument of the wrong type": ({"--method_args": "lam=half"}, None, "lam"),
+    "lambda outside [0, 1]": ({"--method_args": "lam=1.5"}, None, "lam must lie in [0, 1]"),
+    "negative scale": ({"--forget_scale": "-1"}, None, "--forget_scale"),
+    "norm without scale": ({"--forget_scaling": "norm"}, None, "--forget_scale"),
+    "scaling for a method without": ({"--method": "neggrad", "--forget_scale": "1"}, None, "do not apply"),
+    "calibration for a method without": ({"--method": "retrack", "--calibrate_forgetting": None}, None, "--calibrate"),
+    "more neighbours than images": ({"--method": "retrack", "--method_args": "num_neighbors=99"}, None, "num_neighb"),
+    "empty timestep range": ({"--timestep_range": "5 5"}, None, "--timestep_range"),
+    "timestep range too long": ({"--timestep_range": "0 1001"}, None, "--timestep_range"),
+    "resume path that does not exist": (
+        {"--resume_from_checkpoint": "checkpoint-9"},
+        None,
+        "--resume_from_checkpoint",
+    ),
+    "output directory in use": ({"--output_dir": "USED"}, None, "--overwrite_output_dir"),
+    "output directory holds the data": (
+        {"--output_dir": "DATA", "--overwrite_output_dir": None},
+        None,
+        "--output_dir",
+    ),
+    "missing model": ({"--pretrained_model_name_or_path": "NOWHERE"}, None, "--pretrained_model_name_or_path"),
+    "fp16 without a GPU": ({"--mixed_precision": "fp16"}, None, "--mixed_precision fp16"),
+    "zero batch": ({"--train_batch_size": "0"}, None, "--train_batch_size"),
+    "stop without validation": ({"--stop_when_forgotten": None}, None, "--validation_steps"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_touches_nothing(case, base_args, digits_folder, tmp_path, capfd):
+    if case == "fp16 without a GPU" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    flags, spoil, expected = BAD_INPUT[case]
+    data = shutil.copytree(digits_folder, tmp_path / "data")
+    if spoil is not None:
+        spoil(data)
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "USED").mkdir()
+    (tmp_path / "USED" / "unlearning.json").write_text("{}")
+    places = {name: str(tmp_path / name) for name in ("EMPTY", "NOWHERE", "USED")} | {"DATA": str(data)}
+    flags = base_args | {"--train_data_dir": str(data)} | flags
+    flags = {flag: places.get(value, value) for flag, value in flags.items() if value is not ...}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    with pytest.raises(SystemExit) as exit_info:
+        run(lambda: main(to_argv(flags)), "train_siss_unconditional.py")
+
+    printed = capfd.readouterr().err
+    sentence = [line for line in printed.splitlines() if "error: " in line]
+    assert exit_info.value.code == 2
+    assert len(sentence) == 1 and expected in sentence[0], printed
+    assert "Traceback" not in printed
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_model_of_pickles_is_refused(base_args, tmp_path, capfd):
+    model = shutil.copytree(TINY_MODEL, tmp_path / "pickled")
+    torch.save(UNet2DModel.from_pretrained(model / "unet").state_dict(), model / "unet/diffusion_pytorch_model.bin")
+    (model / WEIGHTS).unlink()
+    with pytest.raises(SystemExit) as exit_info:
+        run(lambda: main(to_argv(base_args | {"--pretrained_model_name_or_path": str(model)})), "train")
+    assert exit_info.value.code == 2
+    assert "--pretrained_model_name_or_path" in capfd.readouterr().err
+
+
+def test_gradients_that_never_become_finite_stop_the_run(base_args, tmp_path):
+    model = UNet2DModel.from_pretrained(TINY_MODEL / "unet")
+    model.conv_out.bias.data.fill_(torch.nan)
+    broken = shutil.copytree(TINY_MODEL, tmp_path / "broken")
+    model.save_pretrained(broken / "unet")
+    with pytest.raises(RuntimeError, match="3 steps in a row"):
+        main(to_argv(base_args | {"--pretrained_model_name_or_path": str(broken), "--max_skipped_steps": "3"}))
+
+
+def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_equal_one(base_args, tmp_path):
+    """Through the script: the draws, and so the gradients, do not depend on the number of processes."""
+    main(to_argv(base_args | {"--max_train_steps": "3", "--calibrate_forgetting": None}))
+    two = base_args | {"--train_batch_size": "2", "--output_dir": str(tmp_path / "two")}
+    two |= {"--max_train_steps": "3", "--calibrate_forgetting": None}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+    launch([*torchrun, str(ROOT / "train_siss_unconditional.py"), *to_argv(two)], ACCELERATE_USE_CPU="true")
+    assert json.loads((tmp_path / "two" / "unlearning.json").read_text())["num_processes"] == 2
+    assert_same_gradients(read_log(tmp_path / "out"), read_log(tmp_path / "two"))
+
+
+def test_accelerate_launch(base_args, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "bf16", "--dynamo_backend", "no"]
+    launch([*command, str(ROOT / "train_siss_unconditional.py"), *to_argv(base_args)])
+    report = json.loads((tmp_path / "out" / "unlearning.json").read_text())
+    assert report["settings"]["mixed_precision"] == "bf16"
+
+
+@pytest.mark.slow
+def test_exit_code_of_plain_python(base_args):
+    command = [sys.executable, str(ROOT / "train_siss_unconditional.py"), *to_argv(base_args | {"--resolution": "9"})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("train_siss_unconditional.py: error: --resolution 9")
+
+
+@pytest.mark.slow
+def test_installed_wheel(base_args, tmp_path):
+    """The wheel alone, away from the checkout, has the script and the model."""
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "outputs", "build"))
+    subprocess.run([*pip, "wheel", str(source), "--no-deps", "--wheel-dir", str(wheels)], check=True)
+    (wheel,) = wheels.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    model = site / "siss_diffusers/assets/tiny_ddpm_digits"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "train_siss_unconditional"]
+    flags = base_args | {"--pretrained_model_name_or_path": str(model)}
+    environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *to_argv(flags)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(read_log(tmp_path / "out")) == 2
