@@ -39,6 +39,7 @@ from siss_diffusers.arguments import (
     positive_int,
     program_name,
     shared_settings,
+    unit_float,
 )
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, calibration_draws, loss_thresholds
 from siss_diffusers.checkpoints import (
@@ -151,16 +152,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--gradient_checkpointing", action="store_true", help="Trade a second forward pass for activation memory."
     )
-    parser.add_argument("--learning_rate", type=non_negative_float, default=5e-6)
+    parser.add_argument("--learning_rate", type=non_negative_float, default=5e-6, help="Of AdamW; 5e-6 by default.")
     parser.add_argument(
         "--lr_scheduler", type=str, default="constant", choices=[scheduler.value for scheduler in SchedulerType][:6]
     )
-    parser.add_argument("--lr_warmup_steps", type=natural_number, default=0)
+    parser.add_argument("--lr_warmup_steps", type=natural_number, default=0, help="Optimizer steps of warm-up.")
     parser.add_argument("--use_8bit_adam", action="store_true", help="Use bitsandbytes' 8-bit AdamW.")
-    parser.add_argument("--adam_beta1", type=non_negative_float, default=0.95)
-    parser.add_argument("--adam_beta2", type=non_negative_float, default=0.999)
-    parser.add_argument("--adam_weight_decay", type=non_negative_float, default=1e-6)
-    parser.add_argument("--adam_epsilon", type=non_negative_float, default=1e-08)
+    parser.add_argument("--adam_beta1", type=unit_float, default=0.95, help="beta1 of AdamW.")
+    parser.add_argument("--adam_beta2", type=unit_float, default=0.999, help="beta2 of AdamW.")
+    parser.add_argument("--adam_weight_decay", type=non_negative_float, default=1e-6, help="Weight decay of AdamW.")
+    parser.add_argument("--adam_epsilon", type=non_negative_float, default=1e-08, help="Epsilon of AdamW.")
     parser.add_argument(
         "--max_grad_norm",
         type=non_negative_float,
@@ -170,9 +171,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--use_ema", action="store_true", help="Save an exponential moving average of the weights instead of the last."
     )
-    parser.add_argument("--ema_inv_gamma", type=non_negative_float, default=1.0)
-    parser.add_argument("--ema_power", type=non_negative_float, default=3 / 4)
-    parser.add_argument("--ema_max_decay", type=non_negative_float, default=0.9999)
+    parser.add_argument("--ema_inv_gamma", type=non_negative_float, default=1.0, help="Inverse gamma of the average.")
+    parser.add_argument("--ema_power", type=non_negative_float, default=3 / 4, help="Power of the average.")
+    parser.add_argument("--ema_max_decay", type=unit_float, default=0.9999, help="Highest decay of the average.")
     parser.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline when done.")
     parser.add_argument("--hub_token", type=str, default=None, help="The token for the Hub.")
     parser.add_argument("--hub_model_id", type=str, default=None, help="The repository; default: --output_dir's name.")
@@ -217,7 +218,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume_from_checkpoint", type=str, default=None, help="A checkpoint of --output_dir, or `latest`."
     )
-    parser.add_argument("--enable_xformers_memory_efficient_attention", action="store_true")
+    parser.add_argument(
+        "--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention."
+    )
     parser.add_argument(
         "--preserve_input_precision", action="store_true", help="Do not round 16-bit images to 8 bits."
     )

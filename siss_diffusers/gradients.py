@@ -152,9 +152,7 @@ class PairedGradients:
         self.flat.zero_()
         self._add(ranks=1)
         for rows in window:
-            self._add(
-                pairs=rows.num_pairs, keep_weight=rows.keep_weight.sum(), forget_weight=rows.forget_weight.sum()
-            )
+            self._add(pairs=rows.num_pairs, keep_weight=rows.keep_weight.sum(), forget_weight=rows.forget_weight.sum())
         if self.mode == "forget_first":
             return self._compute_forget_first(window, predict, max_grad_norm)
 
@@ -207,9 +205,7 @@ class PairedGradients:
         sums["keep_loss"] = keep_sums["keep_loss"]
         return self._finish(sums, unit, products, (1.0, 0.0), combined, -coefficients[1], max_grad_norm)
 
-    def _backward(
-        self, rows: Rows, predict: Callable[[Rows], Tensor], serves_keep: bool, serves_forget: bool
-    ) -> None:
+    def _backward(self, rows: Rows, predict: Callable[[Rows], Tensor], serves_keep: bool, serves_forget: bool) -> None:
         """One forward of a group, and one backward for each side that it serves."""
         rows = rows.to(self.device)
         output = predict(rows).float()

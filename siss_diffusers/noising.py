@@ -65,9 +65,7 @@ class GaussianPath:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"unknown prediction type {self.prediction_type!r}: one of {', '.join(PREDICTION_TYPES)}"
-            )
+            raise ValueError(f"unknown prediction type {self.prediction_type!r}: one of {', '.join(PREDICTION_TYPES)}")
 
     def __len__(self) -> int:
         return len(self.alphas)
@@ -113,6 +111,4 @@ class GaussianPath:
 
     def target(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should output at `add_noise(sample, noise, timesteps)`."""
-        return prediction_target(
-            self.prediction_type, sample, noise, self.alphas[timesteps], self.sigmas[timesteps]
-        )
+        return prediction_target(self.prediction_type, sample, noise, self.alphas[timesteps], self.sigmas[timesteps])

@@ -9,8 +9,7 @@ from siss_diffusers.methods.siss import SISS, SISSNoIS, SubscoreBernoulli
 
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (NaiveDeletion, NegGrad, SISS, SISSNoIS, SubscoreBernoulli, EraseDiff, ReTrack)
+    method.name: method for method in (NaiveDeletion, NegGrad, SISS, SISSNoIS, SubscoreBernoulli, EraseDiff, ReTrack)
 }
 
 
