@@ -79,5 +79,7 @@ def test_lambda_outside_the_unit_interval_is_refused(lam):
 
 
 def test_the_mathematics_needs_torch_alone():
-    code = "import siss_diffusers.weights, sys; print(sorted({'diffusers', 'accelerate', 'datasets'} & {*sys.modules}))"
+    code = (
+        "import siss_diffusers.weights, sys; print(sorted({'diffusers', 'accelerate', 'datasets'} & {*sys.modules}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
