@@ -23,7 +23,7 @@ def correlation(samples: Tensor, references: Tensor, max_shift: int = 1) -> Tens
     """Highest zero-mean normalised correlation with any reference moved by up to `max_shift` pixels, `(N,)` in [-1, 1].
 
     Indifferent to brightness and contrast, and little moved by noise, blur and small translations, which all defeat
-    a pixel distance. Each channel is centred on its own, so a shift of colours does not hide a copy either. A flat
+    a pixel distance. Taken in colour and in grey, so that burnt colours do not hide a copy either. A flat
     sample correlates with nothing: 0.
 
     Args:
@@ -40,7 +40,11 @@ def correlation(samples: Tensor, references: Tensor, max_shift: int = 1) -> Tens
         ]
     )
     samples, moved = (images - images.mean(dim=(2, 3), keepdim=True) for images in (samples, moved))
-    return (F.normalize(samples.flatten(1), dim=1) @ F.normalize(moved.flatten(1), dim=1).T).amax(1)
+    in_colour, in_grey = (
+        (F.normalize(first.flatten(1), dim=1) @ F.normalize(second.flatten(1), dim=1).T).amax(1)
+        for first, second in ((samples, moved), (samples.mean(1), moved.mean(1)))
+    )
+    return torch.maximum(in_colour, in_grey)
 
 
 @dataclass(frozen=True)

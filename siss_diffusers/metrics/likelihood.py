@@ -9,6 +9,9 @@ from torch import Tensor
 from siss_diffusers.noising import GaussianPath
 
 
+MAX_NOISE = 100.0  # in units of the data, which have about unit variance
+
+
 def noise_prediction(path: GaussianPath, predict: Callable[[Tensor, Tensor], Tensor]) -> Callable:
     """A function `(m, index) -> eps_hat` from a network of any prediction type; `predict` takes model timesteps."""
 
@@ -61,7 +64,8 @@ def bits_per_dimension(
     epsilon = noise_prediction(path, predict)
 
     log_s = (path.sigmas.double() / path.alphas.double()).log().cpu()
-    usable = torch.isfinite(log_s).nonzero().flatten()
+    # Beyond MAX_NOISE the samples are Gaussian for all that matters, and some schedules take huge steps in log s.
+    usable = (torch.isfinite(log_s) & (log_s <= math.log(MAX_NOISE))).nonzero().flatten()
     grid = torch.linspace(log_s[usable[0]].item(), log_s[usable[-1]].item(), num_steps + 1, dtype=torch.float64)
     nodes = torch.unique((log_s[usable].unsqueeze(0) - grid.unsqueeze(1)).abs().argmin(1)) + usable[0]
 

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import binomtest
+
+from siss_diffusers.assets.digits import digit_images, garment_image
+from siss_diffusers.metrics.copies import (
+    CopyDetectors,
+    copy_statistics,
+    correlation,
+    frame_copies,
+    pixel_l2,
+    wilson_interval,
+)
+
+
+DIGITS = torch.from_numpy(digit_images()[0]).unsqueeze(1) / 255
+GARMENT = torch.from_numpy(garment_image())[None, None] / 255
+
+
+@pytest.mark.parametrize("successes, trials", [(0, 4096), (1, 4096), (194, 4096), (7, 10), (10, 10)])
+def test_wilson_is_scipys(successes, trials):
+    expected = binomtest(successes, trials).proportion_ci(method="wilson")
+    assert wilson_interval(successes, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_distances_are_those_of_naive_loops():
+    samples, references = torch.rand(5, 3, 6, 6), torch.rand(2, 3, 6, 6)
+    for index, sample in enumerate(samples):
+        distances = [np.linalg.norm((sample - reference).numpy()) for reference in references]
+        assert pixel_l2(samples, references)[index].item() == pytest.approx(min(distances), rel=1e-5)
+        center = sample - sample.mean(dim=(1, 2), keepdim=True)
+        values = []
+        for reference in references:
+            moved = reference - reference.mean(dim=(1, 2), keepdim=True)
+            values.append(F.cosine_similarity(center.flatten(), moved.flatten(), dim=0).item())
+            values.append(F.cosine_similarity(center.mean(0).flatten(), moved.mean(0).flatten(), dim=0).item())
+        assert correlation(samples, references, max_shift=0)[index].item() == pytest.approx(max(values), abs=1e-5)
+
+
+def damaged_copies() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    blurred = F.conv2d(F.pad(GARMENT, (1,) * 4, mode="replicate"), torch.ones(1, 1, 3, 3) / 9)
+    return {
+        "exact": GARMENT,
+        "noise": (GARMENT + 0.15 * torch.randn(GARMENT.shape, generator=generator)).clamp(0, 1),
+        "blur": blurred,
+        "contrast": 0.5 + 0.25 * (GARMENT - 0.5),
+        "dark": 0.3 * GARMENT,
+        "moved": torch.roll(GARMENT, 1, dims=3),
+    }
+
+
+@pytest.mark.parametrize("damage", damaged_copies())
+def test_a_damaged_copy_is_a_copy(damage):
+    detectors = CopyDetectors.calibrated(GARMENT, DIGITS)
+    assert detectors.flags(damaged_copies()[damage])["any"].item()
+
+
+def test_a_pixel_distance_alone_misses_damaged_copies():
+    detectors = CopyDetectors.calibrated(GARMENT, DIGITS)
+    assert not detectors.flags(damaged_copies()["dark"])["pixel_l2"].item()
+
+
+def test_colours_do_not_hide_a_copy():
+    red = torch.cat([GARMENT, 0.2 * GARMENT, 1 - 0.1 * (1 - GARMENT)], dim=1)
+    detectors = CopyDetectors.calibrated(GARMENT.expand(-1, 3, -1, -1), DIGITS.expand(-1, 3, -1, -1))
+    assert detectors.flags(red)["any"].item()
+
+
+def test_no_keep_image_and_no_blank_is_a_copy():
+    detectors = CopyDetectors.calibrated(GARMENT, DIGITS)
+    assert not detectors.flags(DIGITS)["any"].any()
+    assert not detectors.flags(torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)]))["any"].any()
+
+
+def test_statistics_and_frames():
+    samples = torch.cat([DIGITS[:7], GARMENT])
+    flags = CopyDetectors.calibrated(GARMENT, DIGITS).flags(samples)
+    statistics = copy_statistics(flags)
+    assert statistics["samples"] == 8 and statistics["copy_share"] == 1 / 8
+    assert statistics["copy_share_by_detector"] == {"pixel_l2": 1 / 8, "correlation": 1 / 8}
+    picture = frame_copies(samples, flags["any"].tolist(), columns=4)
+    assert picture.shape == (3, 2 * 36, 4 * 36) and picture.dtype == torch.uint8
+    assert picture[:, -1, -1].tolist() == [230, 40, 40] and picture[:, 0, 0].tolist() == [40, 40, 40]
