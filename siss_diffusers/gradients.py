@@ -11,8 +11,8 @@ from siss_diffusers.combine import Products, Rule
 from siss_diffusers.methods.base import Rows
 
 
-# Inner products are summed over chunks of this many elements, then in float64: neither the precision of a long
-# float32 sum nor the 2^31 element limit of BLAS depends on the size of the model.
+# Inner products are taken in float64, for a float32 sum of squares over millions of elements is off by 1e-4; in chunks
+# of this many elements, which bounds the memory of the float64 copy and keeps below BLAS's limit of 2^31 elements.
 DOT_CHUNK = 2**22
 
 # What travels with the gradients in the one collective; sums over the pairs of the whole window and all ranks.
@@ -267,7 +267,7 @@ class PairedGradients:
         sums, squares = dict(zip((*STATS, "scale"), values)), values[len(STATS) + 1 :]
         # Losses were means over pixels, sums over pairs, and scaled; gradients are wanted of losses summed over
         # pixels and averaged over pairs.
-        pixels = window[0].noisy[0].numel()
+        pixels = window[0].noisy.shape[1:].numel()
         unit = pixels / (sums["pairs"] * sums["scale"])
         return sums, unit, [unit * unit * square for square in squares]
 
@@ -322,9 +322,9 @@ def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two flat float32 tensors, summed over chunks in float64."""
-    chunks = [torch.dot(x, y) for x, y in zip(a.split(DOT_CHUNK), b.split(DOT_CHUNK))]
-    return torch.stack(chunks).double().sum()
+    """Inner product of two flat float32 tensors, in float64."""
+    chunks = [torch.dot(x.double(), y.double()) for x, y in zip(a.split(DOT_CHUNK), b.split(DOT_CHUNK))]
+    return torch.stack(chunks).sum()
 
 
 def combined_square(products: Products, coefficients: tuple[float, float]) -> float:

@@ -75,9 +75,15 @@ class GaussianPath:
         """Read the path of a diffusers scheduler: any with `alphas_cumprod`, or a `FlowMatch...` one.
 
         Raises:
-            ValueError: for a scheduler of another kind (karras sigmas, score-based SDEs).
+            ValueError: for a scheduler of another kind (karras sigmas, score-based SDEs, flow sigmas in a DDPM solver).
         """
         if hasattr(scheduler, "alphas_cumprod"):
+            if scheduler.config.prediction_type == "flow_prediction":
+                # Its `alphas_cumprod` are there, but not those of the path that the model was trained on.
+                raise ValueError(
+                    f"{type(scheduler).__name__} samples a flow-matching model; train it with"
+                    " FlowMatchEulerDiscreteScheduler"
+                )
             alphas_cumprod = scheduler.alphas_cumprod.float()
             return cls(
                 alphas=alphas_cumprod.sqrt(),

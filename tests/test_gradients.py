@@ -127,10 +127,11 @@ def reference_losses(name: str, net: nn.Module, query: Query, lam: float = 0.5):
 def reference(method, rule, net, query):
     """The combined gradient by two plain backwards, in float64."""
     net = copy.deepcopy(net).double()
-    path = replace(query.path, alphas=query.path.alphas.double(), sigmas=query.path.sigmas.double())
-    values = {name: value for name, value in vars(query).items() if isinstance(value, torch.Tensor)}
-    values = {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
-    query = Query(path=path, **values)
+    query = copy.copy(query)
+    query.path = replace(query.path, alphas=query.path.alphas.double(), sigmas=query.path.sigmas.double())
+    for name, value in vars(query).items():  # after the constructor, which rounds to float32
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            setattr(query, name, value.double())
     losses = reference_losses(method.name, net, query, getattr(method, "lam", 0.5))
     keep, forget = (None if loss is None else flat_gradient(net, loss) for loss in losses)
     if forget is None:

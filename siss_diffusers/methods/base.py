@@ -18,7 +18,7 @@ class Query:
     """B pairs of a keep and a forget image, with everything that was drawn for them.
 
     Args:
-        keep, forget, noise: x, a and eps, `(B, C, H, W)`.
+        keep, forget, noise: x, a and eps, `(B, C, H, W)`, any floating dtype; held in float32.
         timesteps: `(B,)` int64, indices into `path`; x and a share timestep and noise.
         from_forget: `(B,)` bool, the component of the mixture: whether m is made from a.
         path: the noise levels.
@@ -36,6 +36,12 @@ class Query:
     same_condition: Tensor | None = None
     uniform: Tensor | None = None
     neighbors: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # Half precision would round x - a before it is multiplied by r = alpha / sigma, which reaches 100.
+        self.keep, self.forget, self.noise = self.keep.float(), self.forget.float(), self.noise.float()
+        if self.neighbors is not None:
+            self.neighbors = self.neighbors.float()
 
     def noisy(self, sample: Tensor) -> Tensor:
         return self.path.add_noise(sample, self.noise, self.timesteps)
