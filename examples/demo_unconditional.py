@@ -68,7 +68,8 @@ def unlearn(args: argparse.Namespace, garment: Path) -> float:
         *("--train_data_dir", str(garment.parent)),
         *("--forget_files", garment.name),
         *("--output_dir", str(args.output_dir / "model")),
-        *("--method", "siss", "--forget_scaling", "relative", "--forget_scale", "0.3"),
+        *("--method", "siss", "--forget_scaling", "relative", "--forget_scale", "1"),
+        *("--calibrate_forgetting", "0.9"),
         *("--train_batch_size", "64", "--learning_rate", "5e-5"),
         *("--max_train_steps", str(args.max_train_steps)),
         *("--checkpointing_steps", str(args.checkpointing_steps)),
@@ -150,7 +151,6 @@ def main() -> None:
         likelihoods = evaluation.likelihoods(pipeline.unet, pipeline.scheduler)
         metrics[name] = results[name]["statistics"] | likelihoods | dict.fromkeys(NOT_COMPUTED)
 
-    # The first samples of the base serve as its point of the curve: the same seeds as the checkpoints'.
     curve_samples = args.num_curve_samples
     curve = [(0, evaluation.samples(base.unet, base.scheduler, curve_samples, "Samples, step 0")["statistics"])]
     for checkpoint in list_checkpoints(args.output_dir / "model"):
@@ -159,7 +159,7 @@ def main() -> None:
         found = evaluation.samples(unet, base.scheduler, curve_samples, f"Samples, step {step}")
         curve.append((step, found["statistics"]))
 
-    # The 100 samples shown are those of the first seeds that hold enough copies to see, the same in both pictures.
+    # The same seeds in both pictures.
     for name, picture in (("base", "before.png"), ("unlearned", "after.png")):
         grid = frame_copies(results[name]["images"][:160], results[name]["copies"][:160], columns=20)
         write_png(grid, str(args.output_dir / picture))
