@@ -18,7 +18,13 @@ import torch
 import torch.distributed
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from datasets import load_dataset
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -394,7 +400,11 @@ def main(argv: list[str] | None = None) -> None:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
         # A long time, for the other processes wait while the first one samples or reads a big data set.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=7200))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=7200)),
+            # A rank without rows for a side runs no forward there; a broadcast of buffers would wait for it for ever.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
     )
     args.mixed_precision = accelerator.mixed_precision
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -681,7 +691,7 @@ def main(argv: list[str] | None = None) -> None:
         if ema_model is not None:
             ema_model.step(unet.parameters())
         state["global_step"] += 1
-        state["one_sided_steps"] += stats.one_sided and rule.needs == "products"
+        state["one_sided_steps"] += stats.one_sided and args.forget_scaling in ("relative", "norm", "nash")
         global_step, step_seconds = state["global_step"], time.perf_counter() - step_started
         state["train_seconds"] += step_seconds
 

@@ -51,7 +51,8 @@ def split_by_side(rows: Rows) -> Iterator[tuple[Rows, bool, bool]]:
         `(rows, serves_keep, serves_forget)` for the keep-only, the forget-only and the two-sided rows. Rows that serve
         neither side are dropped. The weights are on the host, so nothing here waits for a device.
     """
-    keep, forget = rows.keep_weight > 0, rows.forget_weight > 0
+    # Not "> 0": a NaN weight must reach the gradient and skip the step, not drop out of sight.
+    keep, forget = rows.keep_weight != 0, rows.forget_weight != 0
     for mask, serves_keep, serves_forget in ((keep & ~forget, True, False), (forget & ~keep, False, True)) + (
         (keep & forget, True, True),
     ):
@@ -146,7 +147,8 @@ class PairedGradients:
 
         Args:
             window: this rank's rows of all micro-batches of the step, on the host.
-            predict: the network's output `(R, C, H, W)` for rows on the device. Under DDP, inside `no_sync`.
+            predict: the network's output `(R, C, H, W)` for rows on the device. Under DDP, inside `no_sync`; a network
+                with buffers also needs `broadcast_buffers=False`, for ranks differ in how often they call it.
             max_grad_norm: bound of the norm of the combined gradient of losses summed over pixels; None for none.
         """
         self.flat.zero_()
@@ -183,7 +185,7 @@ class PairedGradients:
         self, window: Sequence[Rows], predict: Callable[[Rows], Tensor], max_grad_norm: float | None
     ) -> StepStats:
         for rows in window:
-            index = (rows.forget_weight > 0).nonzero().flatten()
+            index = (rows.forget_weight != 0).nonzero().flatten()
             if len(index):
                 self._backward(rows[index], predict, serves_keep=False, serves_forget=True)
         self.reduce(self.flat)
@@ -197,7 +199,7 @@ class PairedGradients:
         self._add(pairs=sum(rows.num_pairs for rows in window))
         if coefficients[0] != 0:
             for rows in window:
-                index = (rows.keep_weight > 0).nonzero().flatten()
+                index = (rows.keep_weight != 0).nonzero().flatten()
                 if len(index):
                     self._backward(rows[index], predict, serves_keep=True, serves_forget=False)
         self.reduce(self.flat)
@@ -224,7 +226,7 @@ class PairedGradients:
     def _single_backward(self, rows: Rows, predict: Callable[[Rows], Tensor]) -> None:
         """One forward and one backward of the scalar loss `c_keep L_keep + c_forget L_forget`."""
         keep_coefficient, forget_coefficient = self.rule(UNKNOWN)
-        rows = rows[((rows.keep_weight > 0) | (rows.forget_weight > 0)).nonzero().flatten()].to(self.device)
+        rows = rows[((rows.keep_weight != 0) | (rows.forget_weight != 0)).nonzero().flatten()].to(self.device)
         if len(rows) == 0:
             return
         output = predict(rows).float()

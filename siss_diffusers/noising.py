@@ -75,7 +75,7 @@ class GaussianPath:
         """Read the path of a diffusers scheduler: any with `alphas_cumprod`, or a `FlowMatch...` one.
 
         Raises:
-            ValueError: for a scheduler of another kind (karras sigmas, score-based SDEs, flow sigmas in a DDPM solver).
+            ValueError: for a scheduler of another kind (Karras sigmas, score-based SDEs, flow-sigma solvers).
         """
         if hasattr(scheduler, "alphas_cumprod"):
             if scheduler.config.prediction_type == "flow_prediction":

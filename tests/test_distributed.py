@@ -1,113 +1,158 @@
-"""Real gloo processes: the gradients of one process, and the same weights on every rank."""
+"""Real gloo processes: the step of one process on the whole batch, and bitwise the same weights on every rank."""
 
-import socket
+from contextlib import nullcontext
+from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_gradients import RULES, engine, make_net, make_query, part, relative_error
+from tiny_problem import TinyNet, draw_query, flatten, micro_batches, relative_error, trainable
+from torch.nn.parallel import DistributedDataParallel
 
-from siss_diffusers import METHODS, scaling_rule
-
-
-# Uneven on purpose: (rank, slice) of each micro-batch of the window.
-SPLITS = {
-    2: [(0, slice(0, 3)), (0, slice(3, 4)), (1, slice(4, 8))],
-    3: [(0, slice(0, 5)), (1, slice(5, 6)), (2, slice(6, 8))],
-}
+from siss_diffusers import METHODS, PairedGradients, scaling_rule
 
 
-def flat_weights(net) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+STEPS, PAIRS = 3, 12
+# For each rank the boundaries of its micro-batches in the pairs of the window; uneven on purpose.
+SPLITS = {1: [(0, 12)], 2: [(0, 5, 6), (6, 12)], 3: [(0, 7), (7, 8), (8, 10, 12)]}
+SCALINGS = {"relative": 0.3, "norm": 5.0, "fixed": 0.2, "nash": None}
+# "calibrated": thresholds near the middle of the losses, so that some forget rows are dropped. "one-sided ranks":
+# every row of the first rank serves the keep side only, and every row of the others the forget side only.
+KINDS = ("plain", "calibrated", "one-sided ranks")
+CASES = [(scaling, kind) for scaling in SCALINGS for kind in KINDS]
 
 
-def train(scaling: str, calibrated: bool, windows, reduce=None, steps: int = 3) -> torch.Tensor:
-    net = make_net()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    thresholds = torch.full((1000,), 0.6) if calibrated else None
-    for step in range(steps):
-        engine(net, scaling_rule(scaling, RULES[scaling]), windows(step), 1.0, reduce=reduce, thresholds=thresholds)
+def window_of(step, rank, world_size, kind):
+    method, from_forget, ranks = METHODS["siss"](), None, SPLITS[world_size]
+    if kind == "one-sided ranks":
+        method, from_forget = METHODS["subscore_bernoulli"](), torch.arange(PAIRS) >= 6
+        ranks = {1: [(0, 12)], 2: [(0, 6), (6, 12)], 3: [(0, 6), (6, 9), (9, 12)]}[world_size]
+    sizes = [stop - start for start, stop in pairwise((0, *ranks[rank], PAIRS))]
+    query = draw_query(PAIRS, seed=step, from_forget=from_forget)
+    return [method.rows(part) for part in micro_batches(query, *sizes)[1:-1]]
+
+
+def train(rank, world_size, scaling, kind):
+    """Weights after a few clipped steps of plain SGD, in one process or, as the script does it, under DDP."""
+    net = TinyNet()
+    model = DistributedDataParallel(net) if world_size > 1 else net
+    optimizer = torch.optim.SGD(trainable(net), lr=0.05)
+    engine = PairedGradients(
+        model.parameters(),
+        scaling_rule(scaling, SCALINGS[scaling]),
+        thresholds=torch.full((1000,), 1.2) if kind == "calibrated" else None,
+        reduce=dist.all_reduce if world_size > 1 else None,
+    )
+    active = []
+    for step in range(STEPS):
+        with model.no_sync() if world_size > 1 else nullcontext():
+            window = window_of(step, rank, world_size, kind)
+            stats = engine.compute(window, lambda rows: model(rows.noisy, rows.timesteps), 1.0)
         optimizer.step()
-    return flat_weights(net)
+        active.append(stats.forget_active)
+    return flatten(trainable(net)), stats, active
 
 
-def rows_of(step: int, indices: slice):
-    return METHODS["siss"]().rows(part(make_query(seed=step), indices))
+def overflow(rank, world_size, scaling, scaler):
+    """A sound step, one with an infinite output in one forward of the last rank, and a sound one again."""
+    net = TinyNet()
+    optimizer = torch.optim.AdamW(trainable(net), lr=0.01)
+    engine = PairedGradients(
+        net.parameters(), scaling_rule(scaling, SCALINGS[scaling]), reduce=dist.all_reduce, scaler=scaler
+    )
+    report = []
+    for broken in (False, True, False):
+        before, calls = flatten(trainable(net)).clone(), 0
+
+        def predict(rows, broken=broken):
+            nonlocal calls
+            calls += 1
+            output = net(rows.noisy, rows.timesteps)
+            return output * torch.inf if broken and rank == world_size - 1 and calls == 1 else output
+
+        stats = engine.compute(window_of(0, rank, world_size, "plain"), predict, 1.0)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        moved = not flatten(trainable(net)).equal(before)
+        report.append((stats.skipped, moved, None if scaler is None else scaler.get_scale()))
+    return report, flatten(trainable(net))
 
 
-def published_loop(rank: int) -> torch.Tensor:
-    """Two backwards of one forward under DDP, as published: only the first is reduced over the ranks."""
-    model = torch.nn.parallel.DistributedDataParallel(make_net())
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+def published_loop(rank):
+    """One forward and two backwards under DDP, as published: only the first backward is reduced over the ranks."""
+    model = DistributedDataParallel(TinyNet())
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-3)
     for step in range(2):
-        rows = rows_of(step, slice(4 * rank, 4 * rank + 4))
+        rows = METHODS["siss"]().rows(micro_batches(draw_query(PAIRS, seed=step), 6, 6)[rank])
         output = model(rows.noisy, rows.timesteps)
         keep, forget = (
-            (weight * (output - target).square().flatten(1).sum(1)).mean()
+            (weight * (output - target).square().sum((1, 2, 3))).mean()
             for weight, target in ((rows.keep_weight, rows.keep_target), (rows.forget_weight, rows.forget_target))
         )
         keep.backward(retain_graph=True)
-        kept = [parameter.grad.clone() for parameter in model.parameters()]
+        g_keep = [parameter.grad.clone() for parameter in trainable(model)]
         optimizer.zero_grad()
         forget.backward()
-        for parameter, gradient in zip(model.parameters(), kept):
-            parameter.grad = gradient - 0.1 * parameter.grad
+        for parameter, kept in zip(trainable(model), g_keep, strict=True):
+            parameter.grad = kept - 0.1 * parameter.grad
         optimizer.step()
-    return flat_weights(model)
+    return flatten(trainable(model))
 
 
-def worker(rank: int, world_size: int, port: int, folder: str) -> None:
+def worker(rank, world_size, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    results = {}
-    for scaling in RULES:
-        for calibrated in (False, True):
-
-            def windows(step):
-                return [rows_of(step, indices) for owner, indices in SPLITS[world_size] if owner == rank]
-
-            results[scaling, calibrated] = train(scaling, calibrated, windows, dist.all_reduce)
-
-    # One rank has keep-only rows and the other ranks forget-only rows; one micro-batch of one rank overflows.
-    query = make_query(distance=30.0)
-    own = (query.from_forget if rank else ~query.from_forget).nonzero().flatten()[rank::world_size]
-    net = make_net()
-    _, stats = engine(net, scaling_rule(), [METHODS["siss"]().rows(part(query, own))], reduce=dist.all_reduce)
-    results["one-sided ranks"] = torch.tensor([stats.grad_norm_keep, stats.grad_norm_forget])
-    rows = METHODS["siss"]().rows(part(query, own))
-    rows.noisy[0] = torch.inf if rank == world_size - 1 else rows.noisy[0]
-    net, optimizer_input = make_net(), [rows]
-    optimizer = torch.optim.AdamW(net.parameters())
-    _, stats = engine(net, scaling_rule(), optimizer_input, reduce=dist.all_reduce)
-    optimizer.step()
-    results["overflow"] = torch.tensor(
-        [float(stats.skipped), float(flat_weights(net).equal(flat_weights(make_net())))]
+    dist.init_process_group(
+        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
+    results = {"train": {case: train(rank, world_size, *case) for case in CASES}, "overflow": {}}
+    for scaling in SCALINGS:
+        for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+            results["overflow"][scaling, scaler is not None] = overflow(rank, world_size, scaling, scaler)
     if world_size == 2:
         results["published"] = published_loop(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", SPLITS)
-def test_processes_equal_one(world_size, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (world_size, port, str(tmp_path)), nprocs=world_size)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
-    start = flat_weights(make_net())
-    for scaling in RULES:
-        for calibrated in (False, True):
-            expected = train(scaling, calibrated, lambda step: [rows_of(step, slice(0, 8))])
-            for rank in ranks:
-                assert rank[scaling, calibrated].equal(ranks[0][scaling, calibrated])
-                # Rounding grows over three steps, most under `nash`, whose two directions nearly cancel.
-                assert relative_error(rank[scaling, calibrated] - start, expected - start) < 5e-5
-    for rank in ranks:
-        assert rank["one-sided ranks"].equal(ranks[0]["one-sided ranks"]) and (rank["one-sided ranks"] > 0).all()
-        assert rank["overflow"].tolist() == [1.0, 1.0]
-    if world_size == 2:
-        # A test of the test: with the published loop the ranks part.
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory):
+    """The results of every rank of one launch."""
+    folder = tmp_path_factory.mktemp("gloo")
+    mp.spawn(worker, (request.param, str(folder)), nprocs=request.param)
+    # Written by the processes of this test, so unpickling is safe.
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize(("scaling", "kind"), CASES)
+def test_processes_equal_one(ranks, scaling, kind):
+    start = flatten(trainable(TinyNet()))
+    expected, stats, active = train(0, 1, scaling, kind)
+    for weights, rank_stats, rank_active in (rank["train"][scaling, kind] for rank in ranks):
+        assert weights.equal(ranks[0]["train"][scaling, kind][0])
+        assert relative_error(weights - start, expected - start) < 5e-6  # float32 weights, whose change is a tenth
+        assert rank_stats.keep_loss == pytest.approx(stats.keep_loss, rel=1e-5)
+        assert rank_stats.forget_loss == pytest.approx(stats.forget_loss, rel=1e-5)
+        assert rank_active == (pytest.approx(active, rel=1e-5) if kind == "calibrated" else [None] * STEPS)
+    assert not stats.one_sided
+    if kind == "calibrated":
+        assert 0.05 < min(active) and max(active) < 0.95
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "scaler"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks, scaling, scaled):
+    scales = [2.0**10, 2.0**9, 2.0**9] if scaled else [None] * 3
+    for report, weights in (rank["overflow"][scaling, scaled] for rank in ranks):
+        assert report == [(False, True, scales[0]), (True, False, scales[1]), (False, True, scales[2])]
+        assert weights.equal(ranks[0]["overflow"][scaling, scaled][1])
+
+
+def test_the_published_loop_makes_the_ranks_diverge(ranks):
+    """A test of the tests above: they would notice."""
+    if len(ranks) == 2:
         assert not ranks[0]["published"].equal(ranks[1]["published"])

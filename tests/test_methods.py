@@ -38,7 +38,7 @@ def target_of(prediction_type, sample, noise, alpha, sigma):
 
 
 def reference_losses(net, query, name, args):
-    """(L_keep, L_forget) of section 3 of the design: summed over pixels, averaged over pairs; every row on each side."""
+    """(L_keep, L_forget) of section 3 of the design, summed over pixels, averaged over pairs."""
     alpha, sigma = (
         spread(query.path.alphas[query.timesteps].double()),
         spread(query.path.sigmas[query.timesteps].double()),

@@ -1,6 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from siss_diffusers.noising import PREDICTION_TYPES, GaussianPath, prediction_target
 
@@ -9,7 +17,8 @@ SCHEDULERS = {
     "linear": DDPMScheduler(),
     "scaled_linear": DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
     "cosine": DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
-    "zero terminal SNR": DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    "zero terminal SNR": DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    "sampler": DDIMScheduler(prediction_type="sample"),
 }
 
 
@@ -28,9 +37,10 @@ def test_ddpm_path_is_the_schedulers(scheduler):
         path.add_noise(sample, noise, timesteps), scheduler.add_noise(sample, noise, timesteps), rtol=1e-6, atol=1e-6
     )
     assert path.model_timesteps[timesteps].equal(timesteps)
-    if scheduler.config.prediction_type == "v_prediction":
-        velocity = scheduler.get_velocity(sample, noise, timesteps)
-        torch.testing.assert_close(path.target(sample, noise, timesteps), velocity, rtol=1e-6, atol=1e-6)
+    assert path.prediction_type == scheduler.config.prediction_type
+    velocity = scheduler.get_velocity(sample, noise, timesteps)
+    found = replace(path, prediction_type="v_prediction").target(sample, noise, timesteps)
+    torch.testing.assert_close(found, velocity, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -73,4 +83,9 @@ def test_what_is_not_a_gaussian_path_is_refused():
         GaussianPath(torch.ones(2), torch.ones(2), torch.arange(2), "score")
     with pytest.raises(ValueError, match="object has neither"):
         GaussianPath.from_scheduler(object())
+    # It carries `alphas_cumprod` too, of a path that its flow-matching model was never trained on.
+    with pytest.raises(ValueError, match="train it with FlowMatchEulerDiscreteScheduler"):
+        GaussianPath.from_scheduler(
+            DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+        )
     assert len(GaussianPath.from_scheduler(EulerDiscreteScheduler())) == 1000

@@ -56,7 +56,9 @@ def test_identity_bounds_and_reference(log_ratio, lam):
         assert 0 <= w_keep <= (1 + 1e-5) / (1 - lam) and 0 <= w_forget <= (1 + 1e-5) / lam
         assert (1 - lam) * w_keep + lam * w_forget == pytest.approx(1, abs=1e-5)
         exact = torch.tensor(float(torch.tensor(log_ratio)), dtype=torch.float64)
-        assert w_keep == pytest.approx(1 / (1 - lam + lam * exact.clamp(max=700).exp()).item(), rel=1e-4, abs=1e-30)
+        ratio = exact.clamp(-700, 700).exp()
+        assert w_keep == pytest.approx(1 / (1 - lam + lam * ratio).item(), rel=1e-4, abs=1e-30)
+        assert w_forget == pytest.approx(1 / ((1 - lam) / ratio + lam).item(), rel=1e-4, abs=1e-30)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
