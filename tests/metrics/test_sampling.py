@@ -1,0 +1,58 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from siss_diffusers.metrics.sampling import sample_images
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        dropout=0.2,  # which sampling must switch off
+    )
+
+
+def sample(unet, num_samples=5, **options):
+    return sample_images(unet, DDPMScheduler(), num_samples, num_inference_steps=4, **options)
+
+
+def test_pictures_in_the_unit_interval(unet):
+    images = sample(unet)
+    assert images.shape == (5, 3, 8, 8) and images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.05
+
+
+def test_a_seed_gives_the_same_pictures_again(unet):
+    assert torch.equal(sample(unet, seed=3), sample(unet, seed=3))
+    assert (sample(unet, seed=3) - sample(unet, seed=300)).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_neither_the_batch_size_nor_the_number_of_samples_matters(unet, batch_size):
+    images = sample(unet, num_samples=5)
+    torch.testing.assert_close(sample(unet, num_samples=5, batch_size=batch_size), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sample(unet, num_samples=3, batch_size=batch_size), images[:3], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_network_is_restored(unet, training):
+    unet.train(training)
+    sample(unet, num_samples=1)
+    assert unet.training == training
+
+
+def test_a_model_of_another_prediction_type_is_sampled_as_such(unet):
+    images = [
+        sample_images(unet, DDPMScheduler(prediction_type=name), 1, num_inference_steps=4)
+        for name in ("epsilon", "v_prediction", "sample")
+    ]
+    assert (images[0] - images[1]).abs().mean() > 0.01 and (images[0] - images[2]).abs().mean() > 0.01
