@@ -1,13 +1,10 @@
 """Seconds and peak memory of one optimizer step, side by side: `python benchmarks/step_cost.py [--json]`.
 
 plain: ordinary diffusers fine-tuning of the same batch. siss, siss_no_is: ours. two_backward: the published SISS step,
-written from its equations: one forward on the mixture, a backward for each side through the retained graph, a copy of
-the first gradient, subtraction. Variants take turns within every repeat. Random data; peak memory is that of a process
-of its own for each row, above what it held before the first step.
+written from its equations. What is timed, and how, is in benchmarks/README.md.
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -16,196 +13,323 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 
-from siss_diffusers import METHODS, GaussianPath, PairedGradients, Query, scaling_rule
+from siss_diffusers import METHODS, GaussianPath, PairedGradients, Query, importance_weights, scaling_rule
+from siss_diffusers.assets.digits import digit_images, garment_image
 
 
 VARIANTS = ("plain", "siss", "siss_no_is", "two_backward")
-BATCHES = {"unet2d_28x28": (8,), "unet2d_sd_latents": (4, 8, 16)}
-SHAPES = {"unet2d_28x28": (1, 28, 28), "unet2d_sd_latents": (4, 32, 32)}
+LAM = 0.5
+SCALING_NORM = 5.0  # of the published digits experiment; its value does not change the cost
+MAX_GRAD_NORM = 1.0
+WARMUP = 2
+PEAK_STEPS = 3
+
+Images = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 
-def make_unet(model: str) -> UNet2DModel:
-    channels, size, _ = SHAPES[model]
-    widths = (64, 128, 256) if model == "unet2d_28x28" else (64, 128, 128)
+@dataclass(frozen=True)
+class Model:
+    """A network, its data, and the batches that are measured by default.
+
+    Args:
+        build: the network, `network(noisy, timesteps).sample`.
+        images: from a number of pairs and a generator to keep and forget images, `(B, C, H, W)`.
+        batches: pairs per step.
+    """
+
+    build: Callable[[], torch.nn.Module]
+    images: Images
+    batches: tuple[int, ...]
+
+
+def make_unet(channels: int, size: int, widths: tuple[int, ...]) -> UNet2DModel:
+    """As in the paper's digits model: attention in the middle block only."""
     return UNet2DModel(
         sample_size=size,
         in_channels=channels,
         out_channels=channels,
         block_out_channels=widths,
-        down_block_types=("DownBlock2D",) * 3,
-        up_block_types=("UpBlock2D",) * 3,
+        down_block_types=("DownBlock2D",) * len(widths),
+        up_block_types=("UpBlock2D",) * len(widths),
     )
 
 
-def make_query(model: str, batch: int, path: GaussianPath) -> Query:
-    """The images: sparse strokes for the digits' shape, so that distances are those of digits; else Gaussian latents."""
-    shape = (batch, *SHAPES[model])
-    keep, forget = torch.randn(shape), torch.randn(shape)
-    if model == "unet2d_28x28":
-        keep, forget = ((torch.rand(shape) < 0.2).float() * 2 - 1 for _ in range(2))
-    return Query(
-        keep=keep,
-        forget=forget,
-        noise=torch.randn(shape),
-        timesteps=torch.randint(len(path), (batch,)),
-        from_forget=torch.arange(batch) % 2 == 1,
-        path=path,
-    )
+def digit_pairs(file: str | None) -> Images:
+    """Digits to keep and the garment to forget, as 28x28 pictures: how far apart they are decides how many rows serve
+    both sides."""
+    digits = digit_images()[0] if file is None else np.load(file)["x"]
+
+    def resized(pictures: np.ndarray) -> torch.Tensor:
+        pictures = torch.from_numpy(pictures).unsqueeze(1).float() / 127.5 - 1
+        return F.interpolate(pictures, size=(28, 28), mode="bilinear")
+
+    garment = resized(garment_image()[None])
+
+    def draw(batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.randint(len(digits), (batch,), generator=generator)
+        return resized(digits[chosen.numpy()]), garment.expand(batch, -1, -1, -1)
+
+    return draw
 
 
-def make_step(model: str, variant: str, device: torch.device) -> Callable[[Query], None]:
-    torch.manual_seed(0)
-    unet = make_unet(model).to(device)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6)
-    model_timesteps = GaussianPath.from_scheduler(DDPMScheduler()).model_timesteps.to(device)
+def latent_pairs(batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 4, 32, 32, generator=generator), torch.randn(batch, 4, 32, 32, generator=generator)
 
-    def network(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return unet(noisy, model_timesteps[timesteps]).sample
 
-    def plain(query: Query) -> None:
-        noisy, noise = query.noisy(query.keep).to(device), query.noise.to(device)
-        torch.nn.functional.mse_loss(network(noisy, query.timesteps.to(device)), noise).backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+def make_models(digits_file: str | None) -> dict[str, Model]:
+    return {
+        "unet2d_28x28": Model(lambda: make_unet(1, 28, (64, 128, 256)), digit_pairs(digits_file), (8,)),
+        "unet2d_sd_latents": Model(lambda: make_unet(4, 32, (64, 128, 128)), latent_pairs, (4, 8, 16)),
+    }
 
-    def two_backward(query: Query) -> None:
-        rows = METHODS["siss"]().rows(query).to(device)
-        output = network(rows.noisy, rows.timesteps)
-        keep, forget = (
-            (weight * (output - target).square().flatten(1).sum(1)).mean()
-            for weight, target in ((rows.keep_weight, rows.keep_target), (rows.forget_weight, rows.forget_target))
+
+def draw_queries(images: Images, batch: int, count: int) -> list[Query]:
+    """The same for every variant; exactly half of the pairs take the forget component."""
+    generator = torch.Generator().manual_seed(0)
+    path = GaussianPath.from_scheduler(DDPMScheduler())
+    queries = []
+    for _ in range(count):
+        keep, forget = images(batch, generator)
+        queries.append(
+            Query(
+                keep=keep,
+                forget=forget,
+                noise=torch.randn(keep.shape, generator=generator),
+                timesteps=torch.randint(len(path), (batch,), generator=generator),
+                from_forget=torch.randperm(batch, generator=generator) < batch // 2,
+                path=path,
+            )
         )
-        keep.backward(retain_graph=True)
-        kept = [parameter.grad.clone() for parameter in unet.parameters()]
-        optimizer.zero_grad()
-        forget.backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in unet.parameters()])
-        for parameter, gradient in zip(unet.parameters(), kept):
-            parameter.grad = gradient - 5.0 / norm * parameter.grad
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    if variant == "plain":
-        return plain
-    if variant == "two_backward":
-        return two_backward
-    method = METHODS[variant]()
-    gradients = PairedGradients(unet.parameters(), method.rule(scaling_rule("relative", 0.1)))
-
-    def ours(query: Query) -> None:
-        gradients.compute([method.rows(query)], lambda rows: network(rows.noisy, rows.timesteps), 1.0)
-        optimizer.step()
-
-    return ours
+    return queries
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Step:
+    """One optimizer step of a variant, from images, timesteps and noise on the host to new weights."""
+
+    def __init__(self, variant: str, model: Model, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.network = model.build().to(device)
+        self.device = device
+        self.scheduler = DDPMScheduler()
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-6)
+        self.compute_gradients = getattr(self, variant, self.ours)
+        if variant in METHODS:
+            self.method = METHODS[variant]()
+            rule = self.method.rule(scaling_rule("relative", 0.1))
+            self.gradients = PairedGradients(self.network.parameters(), rule)
+
+    def __call__(self, query: Query) -> None:
+        self.compute_gradients(query)
+        self.optimizer.step()
+        if self.compute_gradients != self.ours:  # whose gradients are views of a buffer that it clears itself
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def ours(self, query: Query) -> None:
+        self.gradients.compute(
+            [self.method.rows(query)],
+            lambda rows: self.network(rows.noisy, rows.timesteps).sample,
+            MAX_GRAD_NORM,
+        )
+
+    def plain(self, query: Query) -> None:
+        clean, noise, timesteps = (
+            value.to(self.device, non_blocking=True) for value in (query.keep, query.noise, query.timesteps)
+        )
+        noisy = self.scheduler.add_noise(clean, noise, timesteps)
+        F.mse_loss(self.network(noisy, timesteps).sample, noise).backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
+
+    def two_backward(self, query: Query) -> None:
+        """Algorithm of arXiv 2503.01034: the losses of both sides through one forward, each with a backward through
+        all rows; losses summed over pixels, `S / |g_f|` of the forget gradient subtracted."""
+        keep, forget, noise, timesteps, from_forget = (
+            value.to(self.device, non_blocking=True)
+            for value in (query.keep, query.forget, query.noise, query.timesteps, query.from_forget)
+        )
+        alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)[timesteps].reshape(-1, 1, 1, 1)
+        alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        noisy = alpha * torch.where(from_forget.reshape(-1, 1, 1, 1), forget, keep) + sigma * noise
+        noise_keep, noise_forget = (noisy - alpha * keep) / sigma, (noisy - alpha * forget) / sigma
+        log_ratio = (noise_keep.square() - noise_forget.square()).flatten(1).sum(1) / 2
+        weight_keep, weight_forget = importance_weights(log_ratio, LAM)
+
+        output = self.network(noisy, timesteps).sample
+        loss_keep, loss_forget = (
+            (weight * (output - target).square().flatten(1).sum(1)).mean()
+            for weight, target in ((weight_keep, noise_keep), (weight_forget, noise_forget))
+        )
+        parameters = list(self.network.parameters())
+        loss_keep.backward(retain_graph=True)
+        gradient_keep = [parameter.grad.clone() for parameter in parameters]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_forget.backward()
+        coefficient = SCALING_NORM / torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        for parameter, gradient in zip(parameters, gradient_keep):
+            parameter.grad = gradient - coefficient * parameter.grad
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
 
 
-def measure_seconds(model: str, batch: int, repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each variant over the same queries, after two steps of warm-up."""
-    path = GaussianPath.from_scheduler(DDPMScheduler())
-    steps = {variant: make_step(model, variant, device) for variant in VARIANTS}
+def count_rows(variant: str, queries: list[Query]) -> tuple[float, float]:
+    """Rows that run forward and rows that run backward, each time they do: means over the steps."""
+    batch = len(queries[0].keep)
+    if variant not in METHODS:
+        return batch, 2 * batch if variant == "two_backward" else batch
+    rows = [METHODS[variant]().rows(query) for query in queries]
+    sides = [torch.stack([row.keep_weight > 0, row.forget_weight > 0]) for row in rows]
+    return (
+        statistics.mean(int(side.any(0).sum()) for side in sides),
+        statistics.mean(int(side.sum()) for side in sides),
+    )
+
+
+def measure_seconds(model: Model, queries: list[Query], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each variant at each query after the warm-up. The variants take turns, and turns to be first."""
+    steps = {variant: Step(variant, model, device) for variant in VARIANTS}
     seconds = {variant: [] for variant in VARIANTS}
-    for repeat in range(repeats + 2):
-        query = make_query(model, batch, path)
-        for variant, step in steps.items():
-            synchronize(device)
+    for repeat, query in enumerate(queries):
+        first = repeat % len(VARIANTS)
+        for variant in VARIANTS[first:] + VARIANTS[:first]:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             started = time.perf_counter()
-            step(query)
-            synchronize(device)
-            if repeat >= 2:
-                seconds[variant].append(time.perf_counter() - started)
-    return {variant: statistics.median(values) for variant, values in seconds.items()}
+            steps[variant](query)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[variant].append(time.perf_counter() - started)
+    return {variant: values[WARMUP:] for variant, values in seconds.items()}
 
 
-def measure_peak(model: str, batch: int, variant: str, device: torch.device) -> int:
-    """Peak bytes above the state before the first step: model built, optimizer and gradients not yet."""
-    path = GaussianPath.from_scheduler(DDPMScheduler())
-    queries = [make_query(model, batch, path) for _ in range(3)]
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        step = make_step(model, variant, device)
-        for query in queries:
-            step(query)
-        return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # importing torch peaks higher than a small model's step
-    before = resident_bytes("VmRSS")
-    step = make_step(model, variant, device)
+def measure_peak(variant: str, model: Model, queries: list[Query], device: torch.device) -> int | None:
+    """Peak bytes of weights, optimizer state, gradients and activations over a few steps. To be called in a process
+    of its own. On a CPU: resident memory above that of the process before the model was built; None but on Linux."""
+    if device.type == "cpu":
+        if platform.system() != "Linux":
+            return None
+        # Not `ru_maxrss`: it cannot be reset, and a child starts with its parent's.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident_bytes("VmRSS")
+    step = Step(variant, model, device)
     for query in queries:
         step(query)
-    return resident_bytes("VmHWM") - before
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes("VmHWM") - before
 
 
 def resident_bytes(field: str) -> int:
-    """`VmRSS`: resident now; `VmHWM`: its peak since it was last cleared (Linux)."""
+    """`VmRSS`: resident now; `VmHWM`: its peak since it was last cleared."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(BATCHES), default=list(BATCHES))
-    parser.add_argument("--batches", nargs="+", type=int, default=None, help="Default: 8, and 4, 8, 16 for latents.")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", action="store_true", help="One JSON object on stdout, all else on stderr.")
-    parser.add_argument("--peak_of", nargs=3, metavar=("MODEL", "BATCH", "VARIANT"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.peak_of:
-        model, batch, variant = args.peak_of
-        print(measure_peak(model, int(batch), variant, device))
-        return
+def peak_in_child(model: str, batch: int, variant: str, digits_file: str | None) -> int | None:
+    command = [sys.executable, __file__, "--peak_of", model, str(batch), variant]
+    if digits_file is not None:
+        command += ["--digits", digits_file]
+    # Freed blocks go back to the system at once, so that resident memory is what is in use.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    return json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
-    out = sys.stderr if args.json else sys.stdout
-    machine = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+
+def describe_machine(device: torch.device) -> dict[str, object]:
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": "float32",
     }
+
+
+def cpu_name() -> str:
+    """`platform.processor()` is empty or just the architecture on Linux."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    models = list(make_models(None))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=models, default=models, metavar="MODEL", help=", ".join(models))
+    parser.add_argument("--batches", nargs="+", type=int, help="Pairs per step. Default: 8; 4, 8 and 16 for latents.")
+    parser.add_argument("--repeats", type=int, default=12, help="Timed steps of each variant. Default: 12.")
+    parser.add_argument("--digits", type=str, metavar="FILE.npz", help="28x28 digits: `x` (N, 28, 28) uint8.")
+    parser.add_argument("--quick", action="store_true", help="Two repeats: to see that it runs, not to quote.")
+    parser.add_argument("--json", action="store_true", help="One JSON object on stdout, all else on stderr.")
+    parser.add_argument("--peak_of", nargs=3, metavar=("MODEL", "BATCH", "VARIANT"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.repeats < 1 or any(batch < 2 for batch in args.batches or []):
+        parser.error("--repeats must be at least 1, --batches at least 2")
+    if args.quick:
+        args.repeats = 2
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = make_models(args.digits)
+    if args.peak_of:
+        name, batch, variant = args.peak_of
+        queries = draw_queries(models[name].images, int(batch), PEAK_STEPS)
+        print(json.dumps(measure_peak(variant, models[name], queries, device)))
+        return
+
+    out = sys.stderr if args.json else sys.stdout
+    machine = describe_machine(device)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), file=out)
     print(
-        f"{machine}\n{'model':18} {'batch':>5} {'variant':13} {'seconds':>8} {'ratio':>6} {'peak MB':>8} {'ratio':>6}",
+        f"\n{'model':17} {'batch':>5} {'variant':12} {'seconds':>8} {'quartiles':>15} {'ratio':>6} {'forward':>8}"
+        f" {'backward':>8} {'peak MB':>8} {'ratio':>6} {'gradients':>10}",
         file=out,
     )
     results = []
-    for model in args.models:
-        gradient_bytes = 4 * sum(parameter.numel() for parameter in make_unet(model).parameters())
-        for batch in args.batches or BATCHES[model]:
-            seconds = measure_seconds(model, batch, args.repeats, device)
-            peaks = {}
+    for name in args.models:
+        model = models[name]
+        gradient_bytes = 4 * sum(parameter.numel() for parameter in model.build().parameters())
+        for batch in args.batches or model.batches:
+            queries = draw_queries(model.images, batch, WARMUP + args.repeats)
+            # First, for a child should not have to share the machine with the models of the timing.
+            peaks = {variant: peak_in_child(name, batch, variant, args.digits) for variant in VARIANTS}
+            seconds = measure_seconds(model, queries, device)
             for variant in VARIANTS:
-                command = [sys.executable, __file__, "--peak_of", model, str(batch), variant]
-                peaks[variant] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            for variant in VARIANTS:
+                forward_rows, backward_rows = count_rows(variant, queries[WARMUP:])
+                median, peak = statistics.median(seconds[variant]), peaks[variant]
+                quartiles = np.quantile(seconds[variant], [0.25, 0.75]).tolist()
                 row = {
-                    "model": model,
+                    "model": name,
                     "batch": batch,
                     "variant": variant,
-                    "seconds_median": seconds[variant],
-                    "ratio_to_plain": seconds[variant] / seconds["plain"],
-                    "peak_bytes": peaks[variant],
-                    "peak_ratio_to_plain": peaks[variant] / peaks["plain"],
+                    "seconds_median": median,
+                    "seconds_quartiles": quartiles,
+                    "ratio_to_plain": median / statistics.median(seconds["plain"]),
+                    "forward_rows": forward_rows,
+                    "backward_rows": backward_rows,
+                    "peak_bytes": peak,
+                    "peak_ratio_to_plain": None if peak is None else peak / peaks["plain"],
                     "gradient_bytes": gradient_bytes,
                 }
                 results.append(row)
+                memory = f"{'-':>8} {'-':>6} {'-':>10}"
+                if peak is not None:
+                    above = (peak - peaks["plain"]) / gradient_bytes
+                    memory = f"{peak / 1e6:8.0f} {row['peak_ratio_to_plain']:6.2f} {above:+10.2f}"
                 print(
-                    f"{model:18} {batch:5} {variant:13} {row['seconds_median']:8.3f} {row['ratio_to_plain']:6.2f}"
-                    f" {row['peak_bytes'] / 1e6:8.0f} {row['peak_ratio_to_plain']:6.2f}",
+                    f"{name:17} {batch:5} {variant:12} {median:8.3f} {quartiles[0]:7.3f}-{quartiles[1]:.3f}"
+                    f" {row['ratio_to_plain']:8.2f} {forward_rows:8.1f} {backward_rows:8.1f} {memory}",
                     file=out,
+                    flush=True,
                 )
-        print(f"one float32 gradient of {model}: {gradient_bytes / 1e6:.0f} MB", file=out)
+    print("\nforward, backward: rows run in a step; gradients: peak above plain's, in float32 gradients.", file=out)
     if args.json:
         print(json.dumps({"machine": machine, "results": results}))
 
