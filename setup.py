@@ -27,7 +27,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["siss_diffusers", "siss_diffusers.*"]),
-    py_modules=["train_siss_unconditional"],
+    py_modules=["train_siss_unconditional", "train_siss_sd"],
     package_data={"siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"]},
     install_requires=[
         "torch>=2.6",

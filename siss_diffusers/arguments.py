@@ -1,11 +1,15 @@
 """The flags that both training scripts share, their help, and the checks that need no model and no data."""
 
 import argparse
+import importlib.util
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import NoReturn
+
+import torch
 
 from siss_diffusers.calibration import DEFAULT_QUANTILE
 from siss_diffusers.combine import DEFAULT_SCALE, FORGET_SCALINGS, Rule, scaling_rule
@@ -47,11 +51,168 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def positive_float(text: str) -> float:
+    value = non_negative_float(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
 def unit_float(text: str) -> float:
     value = non_negative_float(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"must lie in [0, 1], not {text}")
     return value
+
+
+def add_training_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    model: str,
+    output_dir: str,
+    learning_rate: str,
+    adam_beta1: float,
+    adam_weight_decay: float,
+) -> None:
+    """The flags that the official scripts have in common, under their names.
+
+    Args:
+        model: help of `--pretrained_model_name_or_path`.
+        learning_rate: help of `--learning_rate`, whose default depends on other flags.
+    """
+    parser.add_argument("--pretrained_model_name_or_path", type=str, required=True, help=model)
+    parser.add_argument("--revision", type=str, default=None, help="Revision of the model on the Hub.")
+    parser.add_argument("--variant", type=str, default=None, help="Variant of the model's files, such as fp16.")
+    parser.add_argument(
+        "--dataset_name",
+        type=str,
+        default=None,
+        help="The training set: a name on the Hub, or a local folder that `datasets.load_dataset` understands.",
+    )
+    parser.add_argument("--dataset_config_name", type=str, default=None, help="The configuration of the data set.")
+    parser.add_argument(
+        "--train_data_dir",
+        type=str,
+        default=None,
+        help="The training set as a folder of images, with or without a metadata.jsonl; or use --dataset_name.",
+    )
+    parser.add_argument("--image_column", type=str, default="image", help="The column of the images.")
+    parser.add_argument(
+        "--output_dir", type=str, default=output_dir, help="Where the result and the checkpoints are written."
+    )
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="Replace what an earlier run left in --output_dir."
+    )
+    parser.add_argument("--cache_dir", type=str, default=None, help="Where downloaded models and data sets are kept.")
+    parser.add_argument("--seed", type=natural_number, default=0, help="Seed of every draw.")
+    parser.add_argument(
+        "--resolution", type=positive_int, default=None, help="Images are resized to this; default: the model's own."
+    )
+    parser.add_argument(
+        "--center_crop", action="store_true", help="Crop the middle of images that are not square, not a random part."
+    )
+    parser.add_argument("--random_flip", action="store_true", help="Flip images horizontally at random.")
+    parser.add_argument(
+        "--train_batch_size",
+        type=positive_int,
+        default=16,
+        help="Pairs of a keep and a forget image per process and micro-batch.",
+    )
+    parser.add_argument(
+        "--dataloader_num_workers", type=natural_number, default=0, help="Subprocesses for loading images."
+    )
+    parser.add_argument(
+        "--gradient_accumulation_steps", type=positive_int, default=1, help="Micro-batches per optimizer step."
+    )
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="Trade a second forward pass for activation memory."
+    )
+    parser.add_argument("--learning_rate", type=non_negative_float, default=None, help=learning_rate)
+    parser.add_argument(
+        "--lr_scheduler",
+        type=str,
+        default="constant",
+        choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+        help="Schedule of the learning rate; constant by default.",
+    )
+    parser.add_argument("--lr_warmup_steps", type=natural_number, default=0, help="Optimizer steps of warm-up.")
+    parser.add_argument("--use_8bit_adam", action="store_true", help="Use bitsandbytes' 8-bit AdamW.")
+    parser.add_argument("--adam_beta1", type=unit_float, default=adam_beta1, help="beta1 of AdamW.")
+    parser.add_argument("--adam_beta2", type=unit_float, default=0.999, help="beta2 of AdamW.")
+    parser.add_argument(
+        "--adam_weight_decay", type=non_negative_float, default=adam_weight_decay, help="Weight decay of AdamW."
+    )
+    parser.add_argument("--adam_epsilon", type=non_negative_float, default=1e-08, help="Epsilon of AdamW.")
+    parser.add_argument(
+        "--max_grad_norm",
+        type=non_negative_float,
+        default=1.0,
+        help="Bound of the gradient norm, of losses summed over pixels as in the papers: 1.0 clips nearly every step.",
+    )
+    parser.add_argument(
+        "--use_ema", action="store_true", help="Save an exponential moving average of the weights instead of the last."
+    )
+    parser.add_argument("--push_to_hub", action="store_true", help="Upload the result when done.")
+    parser.add_argument("--hub_token", type=str, default=None, help="The token for the Hub.")
+    parser.add_argument("--hub_model_id", type=str, default=None, help="The repository; default: --output_dir's name.")
+    parser.add_argument("--hub_private_repo", action="store_true", help="Make the repository private.")
+    parser.add_argument(
+        "--report_to",
+        "--logger",
+        type=str,
+        default="tensorboard",
+        choices=["tensorboard", "wandb", "none"],
+        help="Where metrics are logged, beside train_log.jsonl.",
+    )
+    parser.add_argument("--logging_dir", type=str, default="logs", help="Folder within --output_dir for the tracker.")
+    parser.add_argument(
+        "--mixed_precision",
+        type=str,
+        default=None,
+        choices=["no", "fp16", "bf16"],
+        help="Default: what `accelerate launch` or its configuration says.",
+    )
+    parser.add_argument("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs multiply in TF32.")
+    parser.add_argument(
+        "--prediction_type",
+        type=str,
+        default=None,
+        choices=["epsilon", "v_prediction", "sample"],
+        help="What the model predicts; default: what its scheduler says.",
+    )
+    parser.add_argument(
+        "--checkpointing_steps", type=positive_int, default=500, help="Save a checkpoint every so many steps."
+    )
+    parser.add_argument(
+        "--checkpoints_total_limit", type=positive_int, default=None, help="How many checkpoints are kept."
+    )
+    parser.add_argument(
+        "--resume_from_checkpoint", type=str, default=None, help="A checkpoint of --output_dir, or `latest`."
+    )
+    parser.add_argument(
+        "--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention."
+    )
+
+
+def check_training_arguments(args: argparse.Namespace) -> None:
+    """What the official flags may not be, on this machine.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        raise UsageError("give the training set by either --train_data_dir or --dataset_name")
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp16" and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        raise UsageError("--mixed_precision fp16 needs a GPU and this machine has none; use bf16 or no")
+    for flag, value, package in (
+        ("--report_to tensorboard", args.report_to == "tensorboard", "tensorboard"),
+        ("--report_to wandb", args.report_to == "wandb", "wandb"),
+        ("--use_8bit_adam", args.use_8bit_adam, "bitsandbytes"),
+        ("--enable_xformers_memory_efficient_attention", args.enable_xformers_memory_efficient_attention, "xformers"),
+    ):
+        if value and importlib.util.find_spec(package) is None:
+            raise UsageError(f"{flag} needs `pip install {package}`")
 
 
 def add_unlearning_arguments(parser: argparse.ArgumentParser) -> None:

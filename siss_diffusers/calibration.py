@@ -3,11 +3,15 @@
 An idea of this project: no published equal was found. `docs/calibrated_forgetting.md` says what it does and does not.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from siss_diffusers.draws import CALIBRATION, keyed_generator
+from siss_diffusers.gradients import mean_squared_error
+from siss_diffusers.noising import GaussianPath
 
 
 NUM_BINS = 20
@@ -54,3 +58,39 @@ def loss_thresholds(
         in_bin = (timesteps >= low) & (timesteps < high)
         thresholds[low:high] = losses[in_bin].float().quantile(quantile)
     return thresholds
+
+
+def measure_thresholds(
+    load: Callable[[int, np.random.Generator], Tensor],
+    num_images: int,
+    path: GaussianPath,
+    predict: Callable[[Tensor, Tensor, list[int]], Tensor],
+    timestep_range: tuple[int, int],
+    quantile: float,
+    seed: int,
+    batch_size: int,
+) -> Tensor:
+    """tau_t `(T,)` under the starting model, from `NUM_BINS * DRAWS_PER_BIN` network calls on keep images.
+
+    Args:
+        load: `(C, H, W)` of a keep image, on the host.
+        predict: the network's output, on the host, for noisy images `(B, C, H, W)`, indices `(B,)` into the path, and
+            the numbers of the images.
+    """
+    losses, timesteps = [], []
+    indices = range(NUM_BINS * DRAWS_PER_BIN)
+    for start in range(0, len(indices), batch_size):
+        draws = [
+            calibration_draws(seed, num_images, timestep_range, index) for index in indices[start : start + batch_size]
+        ]
+        clean = torch.stack([load(image, generator) for image, _, generator in draws])
+        noise = torch.stack(
+            [torch.from_numpy(generator.standard_normal(clean.shape[1:], dtype="float32")) for *_, generator in draws]
+        )
+        batch_timesteps = torch.tensor([timestep for _, timestep, _ in draws])
+        noisy, target = path.add_noise(clean, noise, batch_timesteps), path.target(clean, noise, batch_timesteps)
+        with torch.no_grad():
+            output = predict(noisy, batch_timesteps, [image for image, _, _ in draws])
+        losses.append(mean_squared_error(output, target))
+        timesteps.append(batch_timesteps)
+    return loss_thresholds(torch.cat(losses), torch.cat(timesteps), timestep_range, len(path), quantile)

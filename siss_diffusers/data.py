@@ -1,16 +1,22 @@
 """Images, the split into what to keep and what to forget, and pairs of the two with everything drawn for them."""
 
+import argparse
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
+from typing import Protocol
 
 import datasets
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import load_dataset
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -54,6 +60,7 @@ class ImageTransform:
         center_crop: crop the middle instead of a random square.
         random_flip: mirror every other picture.
         preserve_input_precision: do not round 16-bit pictures to 8 bits.
+        interpolation: of the resizing, a value of torchvision's `InterpolationMode`.
     """
 
     channels: int
@@ -61,6 +68,7 @@ class ImageTransform:
     center_crop: bool = False
     random_flip: bool = False
     preserve_input_precision: bool = False
+    interpolation: str = "bilinear"
 
     def __call__(self, image: Image.Image, generator: np.random.Generator | None = None) -> Tensor:
         """`(C, resolution, resolution)` float32 in [-1, 1]; without a generator nothing is random."""
@@ -68,7 +76,7 @@ class ImageTransform:
             picture = TF.convert_image_dtype(TF.pil_to_tensor(image), torch.float32).expand(self.channels, -1, -1)
         else:
             picture = to_channels(image, self.channels)
-        picture = TF.resize(picture, self.resolution, TF.InterpolationMode.BILINEAR)
+        picture = TF.resize(picture, self.resolution, TF.InterpolationMode(self.interpolation))
         _, height, width = TF.get_dimensions(picture)
         top, left = (height - self.resolution) // 2, (width - self.resolution) // 2
         if generator is not None and not self.center_crop:
@@ -102,6 +110,17 @@ class Images:
     def select(self, indices: Sequence[int]) -> "Images":
         return Images(self.rows.select(indices), self.column, self.transform, self.flag)
 
+    def column_values(self, column: str) -> list:
+        return list(self.rows[column])
+
+    def all_square(self) -> bool:
+        """Whether cropping has nothing to choose; reads headers only."""
+        for cell in self.rows[self.column]:
+            with Image.open(cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"])) as image:
+                if image.width != image.height:
+                    return False
+        return True
+
     def open(self, index: int) -> Image.Image:
         """The whole picture, decoded.
 
@@ -134,6 +153,26 @@ class Images:
 
     def _name(self, index: int) -> str:
         return self.rows[index][self.column]["path"] or f"image {index}"
+
+
+def load_image_rows(args: argparse.Namespace, flag: str, folder: str | None) -> datasets.Dataset:
+    """The rows of an image folder, or of --dataset_name where `folder` is None, their images not yet decoded."""
+    if folder is not None and not Path(folder).is_dir():
+        raise UsageError(f"{flag}: no folder {folder}")
+    try:
+        if folder is not None:
+            rows = load_dataset("imagefolder", data_dir=folder, cache_dir=args.cache_dir, split="train")
+        else:
+            rows = load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error  # what went wrong while generating, not that it did
+        raise UsageError(
+            f"{flag}: no images could be loaded from {folder or args.dataset_name} ({str(cause).splitlines()[0]})"
+        )
+    column = args.image_column if folder is None or folder == args.train_data_dir else "image"
+    if not isinstance(rows.features.get(column), datasets.Image):
+        raise UsageError(f"--image_column: {flag} has no image column {column!r}, only {', '.join(rows.features)}")
+    return rows.cast_column(column, datasets.Image(decode=False))
 
 
 def digest_images(
@@ -208,26 +247,160 @@ def forget_rows_of(
     return [index for index, (value, name) in enumerate(zip(values, names)) if forget_value in (str(value), str(name))]
 
 
-def nearest_neighbors(keep: Images, forget: Images, num_neighbors: int, seed: int) -> tuple[list[list[int]], int]:
-    """For each forget image the `num_neighbors` keep images nearest in pixel L2, and how many were searched.
+def split_data(
+    args: argparse.Namespace, transform: ImageTransform, accelerator: Accelerator
+) -> tuple[Images, Images, list[bytes], dict[str, int]]:
+    """What to keep and what to forget, by the flags of `add_unlearning_arguments`.
+
+    Returns:
+        `keep` and `forget` (`Images`), the digests of the forget images, and counts for `unlearning.json`.
 
     Raises:
-        UsageError: where there are fewer keep images than neighbours.
+        UsageError: for a set that is empty, or an image that cannot be used.
     """
-    if len(keep) < num_neighbors:
-        raise UsageError(
-            f"--method_args num_neighbors={num_neighbors}: there are only {len(keep)} images to keep; lower it"
+    train_flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
+    with accelerator.main_process_first():
+        rows = load_image_rows(args, train_flag, args.train_data_dir)
+        forget_rows = None
+        if args.forget_data_dir is not None:
+            forget_rows = load_image_rows(args, "--forget_data_dir", args.forget_data_dir)
+    train = Images(rows, args.image_column, transform, train_flag)
+
+    if forget_rows is not None:
+        forget = Images(forget_rows, "image", transform, "--forget_data_dir")
+        forget_indices = []
+    else:
+        forget_indices = forget_rows_of(
+            rows, args.image_column, args.forget_files, args.forget_column, args.forget_value, args.train_data_dir
         )
-    candidates = np.arange(len(keep))
-    if len(keep) > MAX_NEIGHBOR_CANDIDATES:
-        generator = keyed_generator(seed, NEIGHBORS)
-        candidates = np.sort(generator.choice(len(keep), MAX_NEIGHBOR_CANDIDATES, replace=False))
+        if forget_indices is None:
+            raise UsageError(
+                "nothing to forget: give --forget_data_dir, --forget_files or --forget_column, or a data set with a"
+                " boolean column `forget`"
+            )
+        forget = train.select(forget_indices)
+    if len(forget) == 0:
+        raise UsageError("the forget set is empty; check --forget_data_dir, --forget_column and --forget_value")
+
+    gather = gather_object if accelerator.num_processes > 1 else list
+    digest = partial(
+        digest_images,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        gather=gather,
+    )
+    train_digests = digest(train)
+    forget_digests = digest(forget) if forget_rows is not None else [train_digests[index] for index in forget_indices]
+    forgotten = set(forget_digests)
+    keep_indices = [index for index, digest in enumerate(train_digests) if digest not in forgotten]
+    if not keep_indices:
+        raise UsageError(
+            "nothing to keep: every image of the training set is in the forget set; widen --train_data_dir"
+        )
+    counts = {
+        "train": len(train),
+        "forget": len(forget),
+        "keep": len(keep_indices),
+        "duplicates_removed": len(train) - len(keep_indices) - len(forget_indices),
+    }
+    return train.select(keep_indices), forget, forget_digests, counts
+
+
+class LoadsImages(Protocol):
+    """Images or latents by number: `load` gives `(C, H, W)`; without a generator nothing is random."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, generator: np.random.Generator | None = None) -> Tensor: ...
+
+
+def neighbor_candidates(
+    num_keep: int,
+    seed: int,
+    keep_conditions: list[int] | None = None,
+    forget_conditions: list[int] | None = None,
+) -> list[int]:
+    """Keep images among which ReTrack searches: those with a condition of a forget image, at most 10,000 of them."""
+    candidates = range(num_keep)
+    if keep_conditions is not None:
+        wanted = set(forget_conditions)
+        candidates = [index for index in candidates if keep_conditions[index] in wanted]
+    if len(candidates) > MAX_NEIGHBOR_CANDIDATES:
+        chosen = keyed_generator(seed, NEIGHBORS).choice(len(candidates), MAX_NEIGHBOR_CANDIDATES, replace=False)
+        candidates = [candidates[index] for index in sorted(chosen)]
+    return list(candidates)
+
+
+def nearest_neighbors(
+    keep: LoadsImages,
+    forget: LoadsImages,
+    num_neighbors: int,
+    candidates: Sequence[int],
+    keep_conditions: list[int] | None = None,
+    forget_conditions: list[int] | None = None,
+) -> list[list[int]]:
+    """For each forget image the `num_neighbors` candidates of its condition that are nearest in L2.
+
+    Raises:
+        UsageError: where there are fewer than `num_neighbors`.
+    """
     targets = torch.stack([forget.load(index) for index in range(len(forget))]).flatten(1)
     distances = torch.empty(len(forget), len(candidates))
     for column, index in enumerate(candidates):
-        distances[:, column] = (targets - keep.load(int(index)).flatten()).square().sum(1)
+        distances[:, column] = (targets - keep.load(index).flatten()).square().sum(1)
+    if keep_conditions is not None:
+        conditions = torch.tensor([keep_conditions[index] for index in candidates])
+        distances[torch.tensor(forget_conditions)[:, None] != conditions] = torch.inf
+    fewest = int(distances.isfinite().sum(1).min()) if len(candidates) else 0
+    if fewest < num_neighbors:
+        prompt = "" if keep_conditions is None else " with the prompt of a forget image"
+        raise UsageError(
+            f"--method_args num_neighbors={num_neighbors}: there are only {fewest} images to keep{prompt}; lower it"
+        )
     nearest = distances.topk(num_neighbors, largest=False).indices
-    return [[int(candidates[column]) for column in row] for row in nearest], len(candidates)
+    return [[candidates[column] for column in row] for row in nearest.tolist()]
+
+
+class Latents:
+    """The latents of images under a VAE, drawn afresh from its posterior each time.
+
+    Args:
+        images: what to encode.
+        encode: maps `(C, H, W)` pixels to mean and standard deviation of the posterior, `(c, h, w)` each, on the host.
+            One image at a time, so that the latents do not depend on what else is encoded.
+        scaling_factor: of the VAE.
+    """
+
+    def __init__(
+        self, images: Images, encode: Callable[[Tensor], tuple[Tensor, Tensor]], scaling_factor: float
+    ) -> None:
+        self.images = images
+        self.encode = encode
+        self.scaling_factor = scaling_factor
+        self.cached: dict[int, tuple[Tensor, Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def cache(self, indices: Iterable[int], progress: bool = False) -> None:
+        """Encode these images once, in memory; others cannot be loaded any more, so the VAE can be freed."""
+        indices = sorted(set(indices))
+        self.cached = {
+            index: self.encode(self.images.load(index))
+            for index in tqdm(indices, desc="Encoding images", disable=not progress or len(indices) < 500)
+        }
+        self.encode = None
+
+    @property
+    def cached_bytes(self) -> int:
+        return sum(4 * (mean.numel() + std.numel()) for mean, std in self.cached.values())
+
+    def load(self, index: int, generator: np.random.Generator | None = None) -> Tensor:
+        """`(c, h, w)` float32, scaled: a draw from the posterior, or its mean without a generator."""
+        mean, std = self.encode(self.images.load(index, generator)) if self.cached is None else self.cached[index]
+        if generator is not None:
+            mean = mean + std * torch.from_numpy(generator.standard_normal(mean.shape, dtype=np.float32))
+        return mean * self.scaling_factor
 
 
 class PairDataset(Dataset):
@@ -240,17 +413,20 @@ class PairDataset(Dataset):
         timestep_range: `(lo, hi)`; timesteps are uniform in lo <= t < hi.
         seed: of every draw.
         neighbors: from `nearest_neighbors`, for a method with `num_neighbors`.
+        keep_conditions, forget_conditions: the condition of each image, where there are conditions.
     """
 
     def __init__(
         self,
-        keep: Images,
-        forget: Images,
+        keep: LoadsImages,
+        forget: LoadsImages,
         method: Method,
         num_pairs: int,
         timestep_range: tuple[int, int],
         seed: int,
         neighbors: list[list[int]] | None = None,
+        keep_conditions: list[int] | None = None,
+        forget_conditions: list[int] | None = None,
     ) -> None:
         self.keep = keep
         self.forget = forget
@@ -259,6 +435,8 @@ class PairDataset(Dataset):
         self.timestep_range = timestep_range
         self.seed = seed
         self.neighbors = neighbors
+        self.keep_conditions = keep_conditions
+        self.forget_conditions = forget_conditions
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         window, pair = divmod(position, self.num_pairs)
@@ -281,6 +459,9 @@ class PairDataset(Dataset):
             item["uniform"] = torch.from_numpy(generator.random(keep.shape, dtype=np.float32))
         if self.neighbors is not None:
             item["neighbors"] = torch.stack([self.keep.load(index) for index in self.neighbors[forget_index]])
+        if self.keep_conditions is not None:
+            item["keep_condition"] = torch.tensor(self.keep_conditions[keep_index])
+            item["forget_condition"] = torch.tensor(self.forget_conditions[forget_index])
         return item
 
 
@@ -308,6 +489,12 @@ class WindowSampler:
                 start = window * self.num_pairs
                 start += (micro_step * self.num_processes + self.process_index) * self.batch_size
                 yield list(range(start, start + self.batch_size))
+
+
+def planned_rows(sampler: WindowSampler, num_windows: int, seed: int, which: int, size: int) -> set[int]:
+    """Which of `size` images (`which` 0: keep, 1: forget) this process draws in the first `num_windows` windows."""
+    batches = islice(replace(sampler, first_window=0), num_windows * sampler.accumulation_steps)
+    return {shuffled_index(seed, which, position, size) for batch in batches for position in batch}
 
 
 def window_loader(pairs: PairDataset, sampler: WindowSampler, num_workers: int = 0) -> DataLoader:

@@ -10,7 +10,7 @@ import numpy as np
 
 
 # The key of a pair is (seed, PAIR, window, index of the pair in the window); likewise the others.
-PAIR, COMPONENT, ORDER, CALIBRATION, NEIGHBORS, MODEL = range(6)
+PAIR, COMPONENT, ORDER, CALIBRATION, NEIGHBORS, MODEL, ADAPTER, SUBSET = range(8)
 
 
 def keyed_generator(seed: int, purpose: int, *key: int) -> np.random.Generator:

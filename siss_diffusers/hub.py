@@ -13,6 +13,17 @@ PUBLIC_PATTERNS = (
     "unet/*.safetensors",
     "unet/*.safetensors.index.json",
     "scheduler/scheduler_config.json",
+    # Stable Diffusion
+    "pytorch_lora_weights.safetensors",
+    "vae/config.json",
+    "vae/*.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/*.safetensors",
+    "tokenizer/*.json",
+    "tokenizer/merges.txt",
+    "safety_checker/config.json",
+    "safety_checker/*.safetensors",
+    "feature_extractor/preprocessor_config.json",
 )
 
 

@@ -48,6 +48,22 @@ def prediction_target(prediction_type: str, sample: Tensor, noise: Tensor, alpha
     raise ValueError(f"unknown prediction type {prediction_type!r}: one of {', '.join(PREDICTION_TYPES)}")
 
 
+def min_snr_weight(prediction_type: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
+    """Weight of a row's loss under min-SNR weighting (Hang et al., arXiv 2303.09556), `(B,)`, in [0, 1] for epsilon.
+
+    Raises:
+        ValueError: for flow matching, where it is not defined.
+    """
+    snr = (alpha / sigma) ** 2
+    if prediction_type == "epsilon":
+        return torch.where(snr <= gamma, 1.0, gamma / snr)  # also right at an SNR of 0
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    if prediction_type == "sample":
+        return snr.clamp(max=gamma)
+    raise ValueError(f"min-SNR weighting is not defined for {prediction_type}")
+
+
 @dataclass(frozen=True)
 class GaussianPath:
     """The noise levels of a scheduler, from the least noisy (index 0) to the most.

@@ -12,6 +12,7 @@ from siss_diffusers.data import (
     WindowSampler,
     digest_images,
     nearest_neighbors,
+    neighbor_candidates,
     to_channels,
     window_loader,
 )
@@ -97,8 +98,18 @@ def test_digests_are_the_same_for_any_number_of_processes(numbered):
 
 def test_nearest_neighbors(numbered, tmp_path):
     forget = make_images([np.full((8, 8), 7, np.uint8)], tmp_path / "forget")
-    neighbors, searched = nearest_neighbors(numbered, forget, num_neighbors=3, seed=0)
-    assert sorted(neighbors[0]) == [6, 7, 8] and searched == 20
+    (neighbors,) = nearest_neighbors(numbered, forget, 3, neighbor_candidates(20, seed=0))
+    assert sorted(neighbors) == [6, 7, 8]
+
+
+def test_nearest_neighbors_of_the_same_condition(numbered, tmp_path):
+    forget = make_images([np.full((8, 8), 7, np.uint8)], tmp_path / "forget")
+    even_and_odd = [index % 2 for index in range(20)]
+    candidates = neighbor_candidates(20, 0, even_and_odd, [1])
+    (neighbors,) = nearest_neighbors(numbered, forget, 3, range(20), even_and_odd, [1])
+    assert candidates == list(range(1, 20, 2)) and sorted(neighbors) == [5, 7, 9]
+    with pytest.raises(UsageError, match="only 10 images to keep with the prompt"):
+        nearest_neighbors(numbered, forget, 11, candidates, even_and_odd, [1])
 
 
 class TestPairs:

@@ -148,7 +148,9 @@ def test_the_problem_has_rows_of_every_kind():
 def test_unequal_prompts_give_exactly_one_hot_weights():
     lam, same = 0.3, torch.arange(12) % 2 == 0
     query = draw_query(distances=(1e-3,))  # so near that equal prompts give weights near 1
-    plain, joint = SISS(lam).rows(query), SISS(lam).rows(replace(query, same_condition=same))
+    conditions = {"keep_condition": torch.arange(12), "forget_condition": torch.arange(12) + (~same).long()}
+    plain, joint = SISS(lam).rows(query), SISS(lam).rows(replace(query, **conditions))
+    assert joint.condition.equal(torch.where(query.from_forget, *reversed(conditions.values())))
     from_forget = query.from_forget[~same]
     assert joint.keep_weight[~same].equal(torch.where(from_forget, 0.0, 1 / (1 - lam)))
     assert joint.forget_weight[~same].equal(torch.where(from_forget, 1 / lam, 0.0))
@@ -161,7 +163,8 @@ def test_unequal_prompts_give_exactly_one_hot_weights():
 @pytest.mark.parametrize("same", [True, False])
 def test_lambda_at_its_ends_is_one_component(lam, same):
     query = draw_query(from_forget=torch.full((12,), lam == 1))
-    rows = SISS(lam).rows(replace(query, same_condition=torch.full((12,), same)))
+    conditions = {"keep_condition": torch.zeros(12).long(), "forget_condition": torch.full((12,), int(not same))}
+    rows = SISS(lam).rows(replace(query, **conditions))
     own, other = (rows.keep_weight, rows.forget_weight) if lam == 0 else (rows.forget_weight, rows.keep_weight)
     assert (own == 1).all()
     assert other.isfinite().all() and (other > 0).any() == same

@@ -22,7 +22,8 @@ class Query:
         timesteps: `(B,)` int64, indices into `path`; x and a share timestep and noise.
         from_forget: `(B,)` bool, the component of the mixture: whether m is made from a.
         path: the noise levels.
-        same_condition: `(B,)` bool, whether x and a carry the same prompt; None where there are no prompts.
+        keep_condition, forget_condition: `(B,)` int64, what the network is told of x and of a beside the timestep, as
+            indices into a table of the caller's (prompts, say); equal where x and a share it. None for neither.
         uniform: `(B, C, H, W)`, U[0, 1) noise; only for a method that `draws_uniform`.
         neighbors: `(B, K, C, H, W)`, the keep images nearest to a; only for a method with `num_neighbors`.
     """
@@ -33,7 +34,8 @@ class Query:
     timesteps: Tensor
     from_forget: Tensor
     path: GaussianPath
-    same_condition: Tensor | None = None
+    keep_condition: Tensor | None = None
+    forget_condition: Tensor | None = None
     uniform: Tensor | None = None
     neighbors: Tensor | None = None
 
@@ -58,7 +60,8 @@ class Rows:
         noisy: m, `(R, C, H, W)`.
         timesteps: `(R,)` int64, indices into the path.
         pair: `(R,)` int64, the pair of the query that a row belongs to.
-        from_forget: `(R,)` bool, whether m was made from the forget image, and so carries its prompt.
+        from_forget: `(R,)` bool, whether m was made from the forget image.
+        condition: `(R,)` int64, that of the image which m was made from; None where there is none.
         keep_target, forget_target: `(R, C, H, W)`, in the model's own parametrisation; None where the side is unused.
         keep_weight, forget_weight: `(R,)` float32; zero where the row does not serve that side.
         num_pairs: B of the query, what losses are averaged over; kept when rows are selected.
@@ -68,6 +71,7 @@ class Rows:
     timesteps: Tensor
     pair: Tensor
     from_forget: Tensor
+    condition: Tensor | None
     keep_target: Tensor | None
     keep_weight: Tensor
     forget_target: Tensor | None
@@ -158,11 +162,15 @@ class Method(ABC):
         unused = (None, torch.zeros(len(sample)))
         keep_target, keep_weight = keep or unused
         forget_target, forget_weight = forget or unused
+        condition = None
+        if query.keep_condition is not None:
+            condition = torch.where(from_forget, query.forget_condition, query.keep_condition)
         return Rows(
             noisy=query.noisy(sample),
             timesteps=query.timesteps,
             pair=torch.arange(len(sample)),
             from_forget=from_forget,
+            condition=condition,
             keep_target=keep_target,
             keep_weight=keep_weight,
             forget_target=forget_target,

@@ -45,12 +45,13 @@ class SISS(Method):
 
         log_ratio = log_density_ratio(query.keep, query.forget, query.noise, alpha, sigma, from_forget)
         keep_weight, forget_weight = importance_weights(log_ratio, self.lam)
-        if query.same_condition is not None:
+        if query.keep_condition is not None:
+            same_condition = query.keep_condition == query.forget_condition
             # Jointly with the prompt, a row made from x has density zero under another prompt's a: one-hot weights.
             one_hot_keep = torch.where(from_forget, 0.0, 1 / (1 - self.lam) if self.lam < 1 else 1.0)
             one_hot_forget = torch.where(from_forget, 1 / self.lam if self.lam > 0 else 1.0, 0.0)
-            keep_weight = torch.where(query.same_condition, keep_weight, one_hot_keep)
-            forget_weight = torch.where(query.same_condition, forget_weight, one_hot_forget)
+            keep_weight = torch.where(same_condition, keep_weight, one_hot_keep)
+            forget_weight = torch.where(same_condition, forget_weight, one_hot_forget)
 
         return self._rows(
             query,

@@ -1,0 +1,700 @@
+"""Unlearn training images from Stable Diffusion, by LoRA or in full; mirrors diffusers' train_text_to_image.py and
+train_text_to_image_lora.py."""
+
+import argparse
+import gc
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import check_min_version
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
+
+from siss_diffusers import GaussianPath, PairedGradients, Query, Rows
+from siss_diffusers.arguments import (
+    Parser,
+    add_training_arguments,
+    add_unlearning_arguments,
+    check_output_dir,
+    check_training_arguments,
+    check_unlearning_arguments,
+    clear_output_dir,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    program_name,
+    unit_float,
+)
+from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, calibration_draws, measure_thresholds
+from siss_diffusers.checkpoints import find_checkpoint, load_state, save_checkpoint, save_state
+from siss_diffusers.data import (
+    Images,
+    ImageTransform,
+    Latents,
+    PairDataset,
+    WindowSampler,
+    nearest_neighbors,
+    neighbor_candidates,
+    planned_rows,
+    split_data,
+    window_loader,
+)
+from siss_diffusers.draws import ADAPTER, MODEL, SUBSET, keyed_generator, torch_seed
+from siss_diffusers.errors import UsageError, run
+from siss_diffusers.hub import push
+from siss_diffusers.lora import ATTENTION_PROJECTIONS, LORA_FILE, add_lora, check_target_modules, load_lora, save_lora
+from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
+from siss_diffusers.metrics.sampling import sample_prompts
+from siss_diffusers.noising import min_snr_weight
+from siss_diffusers.receipt import write_receipt
+from siss_diffusers.training import (
+    StepLog,
+    averaged_weights,
+    initial_state,
+    log_sample_images,
+    log_validation,
+    make_accelerator,
+    make_optimizer,
+    start_trackers,
+    write_report,
+)
+
+
+check_min_version("0.42.0")
+
+logger = get_logger(__name__, log_level="INFO")
+
+MODEL_FILES = (
+    *("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder"),
+    *("model_index.json", LORA_FILE),
+)
+# Samples are compared with the forget images at this size at most, which a copy's small shifts and blurs survive.
+DETECTOR_SIZE = 64
+# Thresholds of the copy detectors are calibrated on at most this many of the images to keep.
+MAX_DETECTOR_IMAGES = 2_000
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog=program_name(), description="Unlearn training images from Stable Diffusion.")
+    add_training_arguments(
+        parser,
+        model=(
+            "A Stable Diffusion 1.x or 2.x pipeline: a folder, or a name on the Hub such as"
+            " CompVis/stable-diffusion-v1-4."
+        ),
+        output_dir="siss-sd",
+        learning_rate="Of AdamW; default: 1e-5, or 1e-4 with --use_lora.",
+        adam_beta1=0.9,
+        adam_weight_decay=1e-2,
+    )
+    parser.add_argument("--max_train_steps", type=positive_int, default=None, help="Optimizer steps; default: 35.")
+    parser.add_argument(
+        "--num_train_epochs",
+        type=positive_int,
+        default=None,
+        help="Passes over the keep set, instead of --max_train_steps.",
+    )
+    parser.add_argument("--caption_column", type=str, default="text", help="The column of the prompts.")
+    parser.add_argument(
+        "--max_train_samples", type=positive_int, default=None, help="Use so many images of the keep set, at random."
+    )
+    parser.add_argument(
+        "--image_interpolation_mode",
+        type=str,
+        default="lanczos",
+        choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"],
+        help="How images are resized.",
+    )
+    parser.add_argument(
+        "--cache_latents",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=(
+            "Encode images once, before training. Default: unless augmentation is random, by --random_flip, or by"
+            " random crops of images that are not square."
+        ),
+    )
+    parser.add_argument("--scale_lr", action="store_true", help="Multiply the learning rate by the pairs of a step.")
+    parser.add_argument(
+        "--snr_gamma", type=positive_float, default=None, help="Weight both losses by min-SNR; the paper says 5.0."
+    )
+    parser.add_argument("--non_ema_revision", type=str, default=None, help="Revision of the UNet that is trained.")
+    parser.add_argument("--offload_ema", action="store_true", help="Keep the average on the CPU between its updates.")
+    parser.add_argument("--foreach_ema", action="store_true", help="Update the average by fused operations.")
+    parser.add_argument("--tracker_project_name", type=str, default="train_siss_sd", help="For the tracker.")
+
+    lora = parser.add_argument_group("LoRA")
+    lora.add_argument("--use_lora", action="store_true", help="Train an adapter and leave the model as it is.")
+    lora.add_argument("--rank", type=positive_int, default=4, help="Rank of the adapter.")
+    lora.add_argument(
+        "--lora_alpha", type=positive_float, default=None, help="The adapter is scaled by alpha / rank; default: rank."
+    )
+    lora.add_argument("--lora_dropout", type=unit_float, default=0.0, help="Dropout before the adapter.")
+    lora.add_argument(
+        "--lora_target_modules",
+        type=str,
+        nargs="+",
+        default=list(ATTENTION_PROJECTIONS),
+        help=f"Layers that get an adapter; default: {' '.join(ATTENTION_PROJECTIONS)}.",
+    )
+
+    add_unlearning_arguments(parser)
+    validation = parser.add_argument_group("validation")
+    validation.add_argument(
+        "--validation_epochs", type=positive_int, default=None, help="Validate every so many passes over the keep set."
+    )
+    validation.add_argument(
+        "--validation_prompts",
+        "--validation_prompt",
+        type=str,
+        nargs="+",
+        default=[],
+        help="Samples of these go to the tracker, copies of forget images blanked out. They are public; the prompts of"
+        " forget images are sampled too, and only counted.",
+    )
+    validation.add_argument(
+        "--guidance_scale", type=non_negative_float, default=7.5, help="Of samples made in training."
+    )
+    validation.add_argument(
+        "--num_inference_steps", type=positive_int, default=50, help="DDIM steps of samples made in training."
+    )
+    validation.add_argument("--eval_batch_size", type=positive_int, default=4, help="Batch of samples in training.")
+    parser.set_defaults(num_validation_images=16)
+    args = parser.parse_args(argv)
+
+    if args.max_train_steps is not None and args.num_train_epochs is not None:
+        parser.error("--max_train_steps and --num_train_epochs exclude each other; give one")
+    if args.validation_steps is not None and args.validation_epochs is not None:
+        parser.error("--validation_steps and --validation_epochs exclude each other; give one")
+    if args.validation_prompts and not (args.validation_steps or args.validation_epochs):
+        parser.error("--validation_prompts needs --validation_steps, which says how often to look")
+    if args.cache_latents and args.random_flip:
+        parser.error("--cache_latents and --random_flip exclude each other: a cached latent cannot be flipped")
+    if args.lora_dropout == 1:
+        parser.error("--lora_dropout must be below 1, or nothing is left to train")
+    if not args.use_lora:
+        for flag in ("rank", "lora_alpha", "lora_dropout", "lora_target_modules"):
+            if getattr(args, flag) != parser.get_default(flag):
+                parser.error(f"--{flag} needs --use_lora")
+    if args.offload_ema and not args.use_ema:
+        parser.error("--offload_ema needs --use_ema")
+    if args.lora_alpha is None:
+        args.lora_alpha = args.rank
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.use_lora else 1e-5
+    return args
+
+
+def load_configs(args: argparse.Namespace) -> tuple[dict, dict]:
+    """The configurations of the UNet and the VAE, before any weights are read.
+
+    Raises:
+        UsageError: for anything but a Stable Diffusion 1.x or 2.x text-to-image pipeline.
+    """
+    flag, name = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
+    folder = Path(name)
+    if (folder / LORA_FILE).exists() or (folder / "adapter_config.json").exists():
+        if not (folder / "model_index.json").exists():
+            raise UsageError(f"{flag}: {name} is an adapter; name the pipeline that it was trained on")
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        pipeline_class = StableDiffusionPipeline.load_config(name, **where).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{flag}: {name} is no diffusers pipeline ({str(error).splitlines()[0]})")
+    if pipeline_class != "StableDiffusionPipeline":
+        raise UsageError(
+            f"{flag}: {name} is a {pipeline_class}, which is not supported yet; use a StableDiffusionPipeline"
+            " (Stable Diffusion 1.x or 2.x)"
+        )
+    try:
+        unet_config = UNet2DConditionModel.load_config(name, subfolder="unet", **where)
+        vae_config = AutoencoderKL.load_config(name, subfolder="vae", **where)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{flag}: {name} is incomplete ({str(error).splitlines()[0]})")
+    if unet_config["in_channels"] != vae_config["latent_channels"]:
+        raise UsageError(
+            f"{flag}: the UNet takes {unet_config['in_channels']} channels and the VAE makes"
+            f" {vae_config['latent_channels']}; inpainting and other conditioned models are not supported yet"
+        )
+    return unet_config, vae_config
+
+
+def choose_resolution(args: argparse.Namespace, unet_config: dict, vae_config: dict) -> int:
+    """The side of the pictures in pixels.
+
+    Raises:
+        UsageError: for one that the VAE cannot halve as often as it has to.
+    """
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    resolution = args.resolution or unet_config["sample_size"] * factor
+    if resolution % factor != 0:
+        raise UsageError(f"--resolution {resolution} cannot be used: this model takes multiples of {factor}")
+    return resolution
+
+
+def load_captions(images: Images, column: str) -> list[str]:
+    """The prompt of every image; of several, the first.
+
+    Raises:
+        UsageError: where the column or a prompt is missing.
+    """
+    if column not in images.rows.features:
+        raise UsageError(
+            f"{images.flag} has no captions: there is no column {column!r}, only {', '.join(images.rows.features)};"
+            ' add lines {"file_name": ..., "text": ...} in a metadata.jsonl, or name the column by --caption_column'
+        )
+    captions = [value[0] if isinstance(value, list) and value else value for value in images.column_values(column)]
+    missing = sum(not isinstance(caption, str) for caption in captions)
+    if missing:
+        raise UsageError(
+            f"{images.flag}: {missing} of {len(captions)} images have no caption in --caption_column {column!r}; add"
+            ' them ("" is a caption)'
+        )
+    return captions
+
+
+class Prompts:
+    """Numbers prompts by their token ids, so that two spellings of the same tokens are the same condition."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.numbers: dict[tuple[int, ...], int] = {}
+        self.truncated = 0
+
+    def number(self, captions: list[str]) -> list[int]:
+        distinct = list(dict.fromkeys(captions))
+        length = self.tokenizer.model_max_length
+        ids = self.tokenizer(distinct, max_length=length, padding="max_length", truncation=True).input_ids
+        whole = self.tokenizer(distinct, truncation=False, verbose=False).input_ids
+        too_long = {caption for caption, tokens in zip(distinct, whole) if len(tokens) > length}
+        self.truncated += sum(caption in too_long for caption in captions)
+        found = {
+            caption: self.numbers.setdefault(tuple(tokens), len(self.numbers))
+            for caption, tokens in zip(distinct, ids)
+        }
+        return [found[caption] for caption in captions]
+
+    def embed(
+        self, text_encoder: CLIPTextModel, numbers: set[int], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, dict[int, int]]:
+        """The table of hidden states `(U, L, D)` of the given prompts, and the row of each in it."""
+        ids = {number: ids for ids, number in self.numbers.items() if number in numbers}
+        batches = torch.tensor(list(ids.values()), device=text_encoder.device).split(32)
+        with torch.no_grad():
+            table = torch.cat([text_encoder(batch)[0].to(dtype) for batch in batches])
+        return table, {number: row for row, number in enumerate(ids)}
+
+
+def vae_encoder(vae: AutoencoderKL):
+    """Maps pixels `(C, H, W)` in [-1, 1] to mean and standard deviation of the posterior, on the host."""
+
+    def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            posterior = vae.encode(pixels[None].to(vae.device)).latent_dist
+        return posterior.mean[0].cpu(), posterior.std[0].cpu()
+
+    return encode
+
+
+def for_detectors(images: torch.Tensor) -> torch.Tensor:
+    """Images `(N, C, H, W)` at the size at which copies are looked for."""
+    size = min(DETECTOR_SIZE, images.shape[-1])
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_training_arguments(args)
+    method, rule = check_unlearning_arguments(args)
+    output_dir = Path(args.output_dir)
+    check_output_dir(args)
+    unet_config, vae_config = load_configs(args)
+    resolution = choose_resolution(args, unet_config, vae_config)
+    if args.use_lora:
+        check_target_modules(unet_config, args.lora_target_modules)
+
+    accelerator = make_accelerator(args)
+    device = accelerator.device
+
+    # The data: what to keep, what to forget. Everything that can be wrong with it is found here.
+    transform = ImageTransform(
+        channels=3,
+        resolution=resolution,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        interpolation=args.image_interpolation_mode,
+    )
+    keep_images, forget_images, forget_digests, counts = split_data(args, transform, accelerator)
+    if args.max_train_samples is not None and args.max_train_samples < len(keep_images):
+        generator = keyed_generator(args.seed, SUBSET)
+        keep_images = keep_images.select(generator.choice(len(keep_images), args.max_train_samples, replace=False))
+        counts["keep"] = len(keep_images)
+    keep_captions = load_captions(keep_images, args.caption_column)
+    forget_captions = load_captions(forget_images, args.caption_column)
+    random_crops = not args.center_crop and not (keep_images.all_square() and forget_images.all_square())
+    if args.cache_latents and random_crops:
+        raise UsageError(
+            "--cache_latents: some images are not square, and a cached latent cannot be cropped; add --center_crop"
+        )
+    cache_latents = args.cache_latents is not False and not (args.random_flip or random_crops)
+    logger.info(
+        f"Keep {counts['keep']}, forget {counts['forget']} images; removed {counts['duplicates_removed']} exact"
+        " duplicates of forget images from the keep set"
+    )
+    checkpoint = None
+    if args.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+        if checkpoint is None:
+            accelerator.print("--resume_from_checkpoint latest: no checkpoint yet, starting anew")
+
+    # The models
+    where = {"variant": args.variant, "cache_dir": args.cache_dir, "use_safetensors": True}
+    load_pipeline = partial(
+        StableDiffusionPipeline.from_pretrained,
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        torch_dtype=torch.float32,
+        **where,
+    )
+    try:
+        pipeline = load_pipeline()
+        if args.non_ema_revision is not None:
+            pipeline.unet = UNet2DConditionModel.from_pretrained(
+                args.pretrained_model_name_or_path, subfolder="unet", revision=args.non_ema_revision, **where
+            )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--pretrained_model_name_or_path: {str(error).splitlines()[0]}")
+    vae, text_encoder, unet = pipeline.vae, pipeline.text_encoder, pipeline.unet
+    vae.requires_grad_(False).to(device)
+    text_encoder.requires_grad_(False).to(device)
+    overrides = {} if args.prediction_type is None else {"prediction_type": args.prediction_type}
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **overrides)
+    path = GaussianPath.from_scheduler(noise_scheduler)
+    timestep_range = tuple(args.timestep_range or (0, len(path)))
+    if timestep_range[1] > len(path):
+        raise UsageError(f"--timestep_range: HI must not exceed the model's {len(path)} timesteps")
+
+    # With an adapter the frozen weights can be in half precision; what is trained is always in float32.
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
+    if args.use_lora:
+        torch.manual_seed(torch_seed(args.seed, ADAPTER))
+        add_lora(unet, args.rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules, dtype=weight_dtype)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    unet.train()
+    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    ema_model = EMAModel(trainable, foreach=args.foreach_ema) if args.use_ema else None
+
+    pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(keep_images) / pairs_per_step)
+    if args.max_train_steps is None:
+        args.max_train_steps = 35 if args.num_train_epochs is None else args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_steps
+    if args.validation_epochs is not None:
+        validation_steps = args.validation_epochs * steps_per_epoch
+    if args.scale_lr:
+        args.learning_rate *= pairs_per_step
+    optimizer = make_optimizer(args, trainable)
+    # Not prepared: accelerate would step a prepared one once for every process.
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+
+    # What the seeded order will draw is known now: latents and text embeddings are computed for that, once.
+    state, saved = initial_state(), None
+    if checkpoint is not None:
+        accelerator.print(f"Resuming from {checkpoint.name}")
+        saved = load_state(checkpoint)
+        state = saved["progress"]
+    sampler = WindowSampler(
+        batch_size=args.train_batch_size,
+        accumulation_steps=args.gradient_accumulation_steps,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        first_window=state["window"],
+    )
+    planned_windows = args.max_train_steps + args.max_skipped_steps
+    keep_rows, forget_rows = (
+        planned_rows(sampler, planned_windows, args.seed, which, len(images))
+        for which, images in enumerate((keep_images, forget_images))
+    )
+    prompts = Prompts(pipeline.tokenizer)
+    keep_conditions, forget_conditions = prompts.number(keep_captions), prompts.number(forget_captions)
+    (empty_prompt,), validation_conditions = prompts.number([""]), prompts.number(args.validation_prompts)
+    if prompts.truncated:
+        logger.warning(
+            f"{prompts.truncated} prompts are longer than the {pipeline.tokenizer.model_max_length} tokens that the"
+            " text encoder takes; what is beyond is not seen"
+        )
+    # Ordinary images to compare with: of the prompts of the forget images, where there are any.
+    forget_prompts = sorted(set(forget_conditions))
+    alike = [index for index, number in enumerate(keep_conditions) if number in set(forget_prompts)]
+    alike = alike or list(range(len(keep_images)))
+    if args.calibrate_forgetting is not None:
+        draws = (
+            calibration_draws(args.seed, len(alike), timestep_range, index)[0]
+            for index in range(NUM_BINS * DRAWS_PER_BIN)
+        )
+        keep_rows |= {alike[image] for image in draws}
+    candidates = []
+    if hasattr(method, "num_neighbors"):
+        candidates = neighbor_candidates(len(keep_images), args.seed, keep_conditions, forget_conditions)
+        keep_rows |= set(candidates)
+        forget_rows = set(range(len(forget_images)))
+
+    encode, scaling_factor = vae_encoder(vae), vae.config.scaling_factor
+    keep, forget = (Latents(images, encode, scaling_factor) for images in (keep_images, forget_images))
+    if cache_latents:
+        started = time.perf_counter()
+        keep.cache(keep_rows, progress=accelerator.is_local_main_process)
+        forget.cache(forget_rows)
+        logger.info(
+            f"Encoded {len(keep_rows) + len(forget_rows)} images in {time.perf_counter() - started:.1f} s; their"
+            f" latents take {(keep.cached_bytes + forget.cached_bytes) / 1e6:.0f} MB of memory"
+        )
+    used = {keep_conditions[index] for index in keep_rows} | {*forget_prompts, *validation_conditions, empty_prompt}
+    prompt_table, row_of = prompts.embed(text_encoder, used, weight_dtype)
+    keep_conditions = [row_of.get(number, -1) for number in keep_conditions]  # -1: never drawn
+    forget_conditions = [row_of[number] for number in forget_conditions]
+    neighbors = None
+    if hasattr(method, "num_neighbors"):
+        logger.info(f"Searching the neighbours of the forget images among {len(candidates)} keep images")
+        neighbors = nearest_neighbors(
+            keep, forget, method.num_neighbors, candidates, keep_conditions, forget_conditions
+        )
+
+    # Free what has done its work.
+    pipeline.text_encoder = text_encoder = None
+    if cache_latents and not validation_steps:
+        pipeline.vae = vae = encode = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+    model, optimizer = accelerator.prepare(unet, optimizer)
+    path_on_device = path.to(device)
+    if ema_model is not None and not args.offload_ema:
+        ema_model.to(device)
+
+    if accelerator.is_main_process:
+        if args.overwrite_output_dir and args.resume_from_checkpoint is None:
+            clear_output_dir(output_dir, MODEL_FILES)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+
+    def predict(rows: Rows) -> torch.Tensor:
+        hidden_states = prompt_table[rows.condition]
+        return model(rows.noisy, path_on_device.model_timesteps[rows.timesteps], hidden_states).sample
+
+    # Resume: everything that the next step depends on.
+    thresholds = None
+    if saved is not None:
+        thresholds = saved["thresholds"]
+        if args.use_lora:
+            load_lora(unet, checkpoint)
+        else:
+            unet.load_state_dict(UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet").state_dict())
+        optimizer.load_state_dict(saved["optimizer"])
+        lr_scheduler.load_state_dict(saved["lr_scheduler"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        if ema_model is not None:
+            ema_model.load_state_dict(saved["ema"])
+            ema_model.to("cpu" if args.offload_ema else device)
+    elif args.calibrate_forgetting is not None:
+        started = time.perf_counter()
+
+        def predict_on_host(noisy: torch.Tensor, timesteps: torch.Tensor, images: list[int]) -> torch.Tensor:
+            hidden_states = prompt_table[[keep_conditions[alike[image]] for image in images]]
+            model_timesteps = path_on_device.model_timesteps[timesteps.to(device)]
+            return model(noisy.to(device), model_timesteps, hidden_states).sample.float().cpu()
+
+        thresholds = measure_thresholds(
+            lambda image, generator: keep.load(alike[image], generator),
+            len(alike),
+            path,
+            predict_on_host,
+            timestep_range,
+            args.calibrate_forgetting,
+            args.seed,
+            args.eval_batch_size,
+        )
+        logger.info(
+            f"Measured the losses to forget up to: {NUM_BINS * DRAWS_PER_BIN} network calls,"
+            f" {time.perf_counter() - started:.1f} s"
+        )
+
+    gradients = PairedGradients(
+        trainable,
+        rule,
+        thresholds=thresholds,
+        reduce=torch.distributed.all_reduce if accelerator.num_processes > 1 else None,
+        scaler=accelerator.scaler,
+    )
+
+    def write_checkpoint(folder: Path) -> None:
+        if args.use_lora:
+            save_lora(unet, folder)
+        else:
+            unet.save_pretrained(folder / "unet")
+        save_state(
+            folder,
+            {
+                "progress": state,
+                "thresholds": thresholds,
+                "optimizer": optimizer.state_dict(),
+                "lr_scheduler": lr_scheduler.state_dict(),
+                "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+                "ema": None if ema_model is None else ema_model.state_dict(),
+            },
+        )
+
+    detectors = None
+    if accelerator.is_main_process and validation_steps:
+        shown = torch.stack([keep_images.load(index) for index in alike[:MAX_DETECTOR_IMAGES]])
+        references = torch.stack([forget_images.load(index) for index in range(len(forget_images))])
+        detectors = CopyDetectors.calibrated(for_detectors(references / 2 + 0.5), for_detectors(shown / 2 + 0.5))
+
+    def sample(numbers: list[int]) -> torch.Tensor:
+        rows = torch.tensor([row_of[number] for number in numbers for _ in range(args.num_validation_images)])
+        with averaged_weights(ema_model, trainable), accelerator.autocast():
+            return sample_prompts(
+                pipeline,
+                prompt_table[rows.to(device)],
+                prompt_table[None, row_of[empty_prompt]],
+                seed=args.seed,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                batch_size=args.eval_batch_size,
+                resolution=resolution,
+            )
+
+    def validate() -> bool:
+        """Count the copies among samples of the forget images' prompts; whether none is left."""
+        forgotten = [False]
+        if accelerator.is_main_process:
+            found = copy_statistics(detectors.flags(for_detectors(sample(forget_prompts))))
+            log_validation(args, accelerator, state["global_step"], found)
+            logger.info(f"Step {state['global_step']}: {100 * found['copy_share']:.1f} % of the samples are copies")
+            for index, number in enumerate(validation_conditions):
+                images = sample([number])
+                images[detectors.flags(for_detectors(images))["any"]] = 0.5
+                log_sample_images(accelerator, f"validation_{index}", images, state["global_step"])
+            forgotten = [found["copy_share"] == 0]
+        return broadcast_object_list(forgotten)[0]
+
+    start_trackers(args, accelerator, args.tracker_project_name)
+    logger.info("***** Running unlearning *****")
+    logger.info(f"  Method = {method}")
+    logger.info(f"  Trainable parameters = {sum(parameter.numel() for parameter in trainable)}")
+    logger.info(f"  Pairs per device = {args.train_batch_size}, per optimizer step = {pairs_per_step}")
+    logger.info(f"  Gradient Accumulation steps = {args.gradient_accumulation_steps}")
+    logger.info(f"  Total optimization steps = {args.max_train_steps}")
+
+    pairs = PairDataset(
+        keep,
+        forget,
+        method,
+        sampler.num_pairs,
+        timestep_range,
+        args.seed,
+        neighbors,
+        keep_conditions,
+        forget_conditions,
+    )
+    # Without a cache the VAE is needed to load a pair, and that cannot be done in a subprocess.
+    batches = iter(window_loader(pairs, sampler, args.dataloader_num_workers if cache_latents else 0))
+    step_log = StepLog(args, accelerator, state)
+
+    # Train!
+    while state["global_step"] < args.max_train_steps:
+        step_started = time.perf_counter()
+        if state["window"] == planned_windows:
+            raise RuntimeError(
+                f"{state['skipped_steps']} steps were skipped, their gradients were not finite; lower --learning_rate"
+                " or --forget_scale, use bf16 instead of fp16, or allow more by --max_skipped_steps"
+            )
+        window = []
+        for _ in range(args.gradient_accumulation_steps):
+            rows = method.rows(Query(path=path, **next(batches)))
+            if args.snr_gamma is not None:
+                alpha, sigma = path.alphas[rows.timesteps], path.sigmas[rows.timesteps]
+                rows = rows.reweighted(min_snr_weight(path.prediction_type, alpha, sigma, args.snr_gamma))
+            window.append(rows)
+
+        # Dropout in the adapter draws from torch's own generator.
+        torch.manual_seed(torch_seed(args.seed, MODEL, state["window"], accelerator.process_index))
+        with accelerator.no_sync(model):  # the engine reduces both gradients itself, once per step
+            stats = gradients.compute(window, predict, args.max_grad_norm)
+        optimizer.step()
+        state["window"] += 1
+
+        if stats.skipped:
+            step_log.skip()
+            continue
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        if ema_model is not None:
+            if args.offload_ema:
+                ema_model.to(device, non_blocking=True)
+            ema_model.step(trainable)
+            if args.offload_ema:
+                ema_model.to("cpu")
+        step_log.write(stats, learning_rate, time.perf_counter() - step_started)
+        global_step = state["global_step"]
+
+        if accelerator.is_main_process and global_step % args.checkpointing_steps == 0:
+            saved_to = save_checkpoint(output_dir, global_step, write_checkpoint, args.checkpoints_total_limit)
+            logger.info(f"Saved {saved_to.name}")
+        accelerator.wait_for_everyone()
+
+        # With calibration the share of the forget weight still pushed says, for free, when looking is worth it.
+        nearly_done = thresholds is None or stats.forget_active < 0.05 or not args.stop_when_forgotten
+        if validation_steps and global_step % validation_steps == 0 and nearly_done:
+            if validate() and args.stop_when_forgotten:
+                logger.info(f"Nothing left to forget after {global_step} steps")
+                break
+    step_log.progress_bar.close()
+
+    # Save the adapter or the pipeline, and what was done.
+    if accelerator.is_main_process:
+        with averaged_weights(ema_model, trainable):
+            if args.use_lora:
+                save_lora(unet, output_dir)
+            else:
+                load_pipeline(unet=unet).save_pretrained(output_dir)
+        lora = {"rank": args.rank, "alpha": args.lora_alpha} if args.use_lora else None
+        write_report(args, accelerator, method, counts, timestep_range, state, lora=lora)
+        write_receipt(output_dir / "receipt.json", forget_digests)
+        logger.info(f"Saved the {'adapter' if args.use_lora else 'unlearned pipeline'} to {output_dir}")
+        if args.push_to_hub:
+            repo_id = push(
+                output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
+            )
+            logger.info(f"Pushed to {repo_id}")
+    accelerator.end_training()
+
+
+def cli() -> None:
+    run(main, program_name())
+
+
+if __name__ == "__main__":
+    cli()
