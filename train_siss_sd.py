@@ -272,6 +272,8 @@ class Prompts:
 
     def number(self, captions: list[str]) -> list[int]:
         distinct = list(dict.fromkeys(captions))
+        if not distinct:
+            return []
         length = self.tokenizer.model_max_length
         ids = self.tokenizer(distinct, max_length=length, padding="max_length", truncation=True).input_ids
         whole = self.tokenizer(distinct, truncation=False, verbose=False).input_ids
@@ -365,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
         **where,
     )
     try:

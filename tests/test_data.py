@@ -16,6 +16,7 @@ from siss_diffusers.data import (
     to_channels,
     window_loader,
 )
+from siss_diffusers.errors import UsageError
 from siss_diffusers.methods import SISS, EraseDiff, ReTrack
 
 
