@@ -106,7 +106,7 @@ def load_pipeline(adapter: Path | None = None) -> StableDiffusionPipeline:
 
 
 def as_tensor(pictures: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    return torch.tensor(pictures).permute(0, 3, 1, 2) / 255
 
 
 class Evaluation:
@@ -116,7 +116,7 @@ class Evaluation:
         self.args = args
         digits, classes = digit_images()
         features = as_tensor(digits).mean(1).flatten(1).numpy()
-        self.classifier = MLPClassifier((128,), random_state=0, max_iter=30, early_stopping=True)
+        self.classifier = MLPClassifier((128,), random_state=0, early_stopping=True)
         self.classifier.fit(features, classes)
         self.keep = as_tensor(flower_images())
         self.detectors = CopyDetectors.calibrated(as_tensor(memorized_image()[None]), self.keep)

@@ -72,7 +72,7 @@ def captioned_images() -> tuple[np.ndarray, list[str], np.ndarray]:
     """The whole training set: pictures as (N, 32, 32, 3) uint8, a caption each, and which are copies (N,)."""
     digits, classes = digit_images()
     temples, flowers = temple_images(), flower_images()
-    copies = np.broadcast_to(memorized_image(), (MEMORIZED_COPIES, SIZE, SIZE, 3))
+    copies = np.repeat(memorized_image()[None], MEMORIZED_COPIES, axis=0)
     captions = [DIGIT_CAPTIONS[digit] for digit in classes]
     captions += [TEMPLE_CAPTION] * len(temples) + [FLOWER_CAPTION] * (len(flowers) + len(copies))
     memorized = np.arange(len(captions)) >= len(captions) - len(copies)
