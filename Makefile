@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := siss_diffusers train_siss_unconditional.py benchmarks examples tests setup.py
+SOURCES := siss_diffusers train_siss_unconditional.py train_siss_sd.py benchmarks examples tests setup.py
 
 .PHONY: demo demo-unconditional test test-full bench style quality clean
 
-# Until Stable Diffusion's demo takes the name.
-demo: demo-unconditional
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo_sd.py
 
 demo-unconditional: $(INSTALLED)
 	$(BIN)/python examples/demo_unconditional.py

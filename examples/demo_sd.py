@@ -56,11 +56,11 @@ SETTINGS = {
     "--method": "siss",
     "--forget_scaling": "relative",
     "--forget_scale": "1",
-    "--calibrate_forgetting": "0.5",
+    "--calibrate_forgetting": "0.75",
     "--rank": "8",
     "--learning_rate": "1e-3",
     "--train_batch_size": "16",
-    "--max_train_steps": "100",
+    "--max_train_steps": "150",
     "--checkpointing_steps": "25",
 }
 

@@ -70,7 +70,8 @@ def unlearn(args: argparse.Namespace, garment: Path) -> float:
         *("--output_dir", str(args.output_dir / "model")),
         *("--method", "siss", "--forget_scaling", "relative", "--forget_scale", "1"),
         *("--calibrate_forgetting", "0.9"),
-        *("--train_batch_size", "64", "--learning_rate", "5e-5"),
+        *("--timestep_range", "300", "1000"),  # what is drawn is decided there; below, only its details
+        *("--train_batch_size", "64", "--learning_rate", "2.5e-5"),
         *("--max_train_steps", str(args.max_train_steps)),
         *("--checkpointing_steps", str(args.checkpointing_steps)),
         *("--cache_dir", str(args.output_dir / "cache")),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor, nn
@@ -169,12 +170,10 @@ class PairedGradients:
 
         if self.mode == "single":
             # The combination is linear and already done: the buffer holds c_keep g_keep + c_forget g_forget.
-            sums, unit, (squared_norm,) = self._read(window, dot(self.keep, self.keep))
+            sums, unit, (squared_norm,) = self._read(window, inner_products(self.keep))
             products, coefficients, forget_scale = UNKNOWN, (1.0, 0.0), -self.rule(UNKNOWN)[1]
         else:
-            sums, unit, squares = self._read(
-                window, dot(self.keep, self.keep), dot(self.keep, self.forget), dot(self.forget, self.forget)
-            )
+            sums, unit, squares = self._read(window, inner_products(self.keep, self.forget))
             products = Products(*squares)
             finite = all(map(math.isfinite, squares))
             coefficients = self._calibrated(products, sums) if finite else (1.0, 0.0)
@@ -190,7 +189,7 @@ class PairedGradients:
             if len(index):
                 self._backward(rows[index], predict, serves_keep=False, serves_forget=True)
         self.reduce(self.flat)
-        sums, unit, (forget_forget,) = self._read(window, dot(self.forget, self.forget))
+        sums, unit, (forget_forget,) = self._read(window, inner_products(self.forget))
         products = Products(math.nan if sums["keep_weight"] > 0 else 0.0, math.nan, forget_forget)
         coefficients = self._calibrated(products, sums) if math.isfinite(forget_forget) else (1.0, 0.0)
 
@@ -204,7 +203,7 @@ class PairedGradients:
                 if len(index):
                     self._backward(rows[index], predict, serves_keep=True, serves_forget=False)
         self.reduce(self.flat)
-        keep_sums, _, (combined,) = self._read(window, dot(self.keep, self.keep))
+        keep_sums, _, (combined,) = self._read(window, inner_products(self.keep))
         sums["keep_loss"] = keep_sums["keep_loss"]
         return self._finish(sums, unit, products, (1.0, 0.0), combined, -coefficients[1], max_grad_norm)
 
@@ -262,10 +261,10 @@ class PairedGradients:
     def _active_share(sums: dict[str, float]) -> float:
         return sums["active_weight"] / sums["forget_weight"] if sums["forget_weight"] > 0 else 0.0
 
-    def _read(self, window: Sequence[Rows], *squares: Tensor) -> tuple[dict[str, float], float, list[float]]:
+    def _read(self, window: Sequence[Rows], squares: Tensor) -> tuple[dict[str, float], float, list[float]]:
         """The one wait for the device: sums, the unit of the gradients, and inner products in that unit."""
         scale = self.sums.new_ones(()) if self.scaler is None else self.scaler.scale(self.sums.new_ones(()))
-        values = torch.cat([self.sums.double(), scale.double().reshape(1), *(square.reshape(1) for square in squares)])
+        values = torch.cat([self.sums.double(), scale.double().reshape(1), squares])
         values = values.tolist()
         sums, squares = dict(zip((*STATS, "scale"), values)), values[len(STATS) + 1 :]
         # Losses were means over pixels, sums over pairs, and scaled; gradients are wanted of losses summed over
@@ -324,11 +323,18 @@ def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().flatten(1).mean(1)
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two flat float32 tensors, in float64."""
-    size = CPU_DOT_CHUNK if a.device.type == "cpu" else DOT_CHUNK
-    chunks = [torch.dot(x.double(), y.double()) for x, y in zip(a.split(size), b.split(size))]
-    return torch.stack(chunks).sum()
+def inner_products(*flats: Tensor) -> Tensor:
+    """Inner products of flat float32 tensors, each with itself and with every later one, in float64 and in one pass.
+
+    Returns:
+        For one tensor `<a, a>`, for two `<a, a>`, `<a, b>` and `<b, b>`.
+    """
+    size = CPU_DOT_CHUNK if flats[0].device.type == "cpu" else DOT_CHUNK
+    sums = []
+    for chunks in zip(*(flat.split(size) for flat in flats)):
+        chunks = [chunk.double() for chunk in chunks]
+        sums.append(torch.stack([torch.dot(a, b) for a, b in combinations_with_replacement(chunks, 2)]))
+    return torch.stack(sums).sum(0)
 
 
 def combined_square(products: Products, coefficients: tuple[float, float]) -> float:
