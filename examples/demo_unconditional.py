@@ -50,10 +50,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--num_samples", type=int, default=4096, help="Samples of the base and of the unlearned model."
     )
-    parser.add_argument("--num_curve_samples", type=int, default=512, help="Samples of each point of forgetting.png.")
+    parser.add_argument("--num_curve_samples", type=int, default=384, help="Samples of each point of forgetting.png.")
     parser.add_argument("--num_keep_images", type=int, default=32, help="Digits whose likelihood is computed.")
     parser.add_argument("--max_train_steps", type=int, default=300)
-    parser.add_argument("--checkpointing_steps", type=int, default=75)
+    parser.add_argument("--checkpointing_steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -7,7 +7,6 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
@@ -67,7 +66,9 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     that it was trained at."""
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        # In peft's own names, as the newer official scripts save them: of an adapter on attention and convolutions, a
+        # file in the older names of the official Stable Diffusion script loads one kind only, without a word.
+        unet_lora_layers=get_peft_model_state_dict(unet),
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
         safe_serialization=True,
     )
@@ -81,6 +82,6 @@ def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     """
     state, _ = StableDiffusionPipeline.lora_state_dict(folder, weight_name=LORA_FILE)
     unet_state = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
-    incompatible = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(unet_state))
+    incompatible = set_peft_model_state_dict(unet, unet_state)
     if incompatible.unexpected_keys or len(unet_state) != len(get_peft_model_state_dict(unet)):
         raise ValueError(f"{folder / LORA_FILE} does not fit the adapter; were --rank or its modules changed?")
