@@ -14,9 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+import step_cost_sd
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
@@ -190,24 +193,24 @@ def count_rows(variant: str, queries: list[Query]) -> tuple[float, float]:
     )
 
 
-def measure_seconds(model: Model, queries: list[Query], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each variant at each query after the warm-up. The variants take turns, and turns to be first."""
-    steps = {variant: Step(variant, model, device) for variant in VARIANTS}
-    seconds = {variant: [] for variant in VARIANTS}
-    for repeat, query in enumerate(queries):
-        first = repeat % len(VARIANTS)
-        for variant in VARIANTS[first:] + VARIANTS[:first]:
+def measure_seconds(steps: dict[str, Callable], inputs: list, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each variant's step on each input after the warm-up. The variants take turns, and turns to be first."""
+    variants = list(steps)
+    seconds = {variant: [] for variant in variants}
+    for repeat, value in enumerate(inputs):
+        first = repeat % len(variants)
+        for variant in variants[first:] + variants[:first]:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
-            steps[variant](query)
+            steps[variant](value)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[variant].append(time.perf_counter() - started)
     return {variant: values[WARMUP:] for variant, values in seconds.items()}
 
 
-def measure_peak(variant: str, model: Model, queries: list[Query], device: torch.device) -> int | None:
+def measure_peak(make_step: Callable[[], Callable], inputs: list, device: torch.device) -> int | None:
     """Peak bytes of weights, optimizer state, gradients and activations over a few steps. To be called in a process
     of its own. On a CPU: resident memory above that of the process before the model was built; None but on Linux."""
     if device.type == "cpu":
@@ -216,9 +219,9 @@ def measure_peak(variant: str, model: Model, queries: list[Query], device: torch
         # Not `ru_maxrss`: it cannot be reset, and a child starts with its parent's.
         Path("/proc/self/clear_refs").write_text("5")
         before = resident_bytes("VmRSS")
-    step = Step(variant, model, device)
-    for query in queries:
-        step(query)
+    step = make_step()
+    for value in inputs:
+        step(value)
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes("VmHWM") - before
 
 
@@ -228,13 +231,55 @@ def resident_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def peak_in_child(model: str, batch: int, variant: str, digits_file: str | None) -> int | None:
+def peak_in_child(args: argparse.Namespace, model: str, batch: int, variant: str) -> int | None:
     command = [sys.executable, __file__, "--peak_of", model, str(batch), variant]
-    if digits_file is not None:
-        command += ["--digits", digits_file]
+    if args.digits is not None:
+        command += ["--digits", args.digits]
+    if args.full_size:
+        command.append("--full_size")
     # Freed blocks go back to the system at once, so that resident memory is what is in use.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     return json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def measure_stable_diffusion(args: argparse.Namespace, device: torch.device, out: TextIO) -> list[dict]:
+    """The table of `--sd`; ratios are to `plain`, and to `plain_cached`, which does the same work as ours."""
+    print(
+        f"\n{'model':16} {'batch':>5} {'variant':13} {'seconds':>8} {'quartiles':>15} {'plain':>6} {'cached':>7}"
+        f" {'images/s':>9} {'peak MB':>8}",
+        file=out,
+    )
+    *_, size = step_cost_sd.build_models(args.full_size)
+    results = []
+    for batch in args.batches or (8,):
+        peaks = {variant: peak_in_child(args, "unet2d_condition", batch, variant) for variant in step_cost_sd.VARIANTS}
+        inputs = step_cost_sd.draw_batches(size, batch, WARMUP + args.repeats)
+        steps = {variant: step_cost_sd.Step(variant, args.full_size, device) for variant in step_cost_sd.VARIANTS}
+        seconds = measure_seconds(steps, inputs, device)
+        medians = {variant: statistics.median(values) for variant, values in seconds.items()}
+        for variant, median in medians.items():
+            quartiles = np.quantile(seconds[variant], [0.25, 0.75]).tolist()
+            row = {
+                "model": "unet2d_condition",
+                "batch": batch,
+                "variant": variant,
+                "seconds_median": median,
+                "seconds_quartiles": quartiles,
+                "ratio_to_plain": median / medians["plain"],
+                "ratio_to_plain_cached": median / medians["plain_cached"],
+                "images_per_second": batch / median,
+                "peak_bytes": peaks[variant],
+                "peak_ratio_to_plain": None if peaks[variant] is None else peaks[variant] / peaks["plain"],
+            }
+            results.append(row)
+            print(
+                f"{row['model']:16} {batch:5} {variant:13} {median:8.3f} {quartiles[0]:7.3f}-{quartiles[1]:.3f}"
+                f" {row['ratio_to_plain']:8.2f} {row['ratio_to_plain_cached']:7.2f} {row['images_per_second']:9.1f}"
+                f" {(peaks[variant] or 0) / 1e6:8.0f}",
+                file=out,
+                flush=True,
+            )
+    return results
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:
@@ -265,6 +310,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--digits", type=str, metavar="FILE.npz", help="28x28 digits: `x` (N, 28, 28) uint8.")
     parser.add_argument("--quick", action="store_true", help="Two repeats: to see that it runs, not to quote.")
     parser.add_argument("--json", action="store_true", help="One JSON object on stdout, all else on stderr.")
+    parser.add_argument("--sd", action="store_true", help="Stable Diffusion instead: see step_cost_sd.py.")
+    parser.add_argument(
+        "--full_size", action="store_true", help="With --sd: Stable Diffusion 1.5's architecture, for a GPU."
+    )
     parser.add_argument("--peak_of", nargs=3, metavar=("MODEL", "BATCH", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.repeats < 1 or any(batch < 2 for batch in args.batches or []):
@@ -280,13 +329,24 @@ def main(argv: list[str] | None = None) -> None:
     models = make_models(args.digits)
     if args.peak_of:
         name, batch, variant = args.peak_of
-        queries = draw_queries(models[name].images, int(batch), PEAK_STEPS)
-        print(json.dumps(measure_peak(variant, models[name], queries, device)))
+        if name == "unet2d_condition":
+            size = 512 if args.full_size else 256
+            inputs = step_cost_sd.draw_batches(size, int(batch), PEAK_STEPS)
+            make_step = partial(step_cost_sd.Step, variant, args.full_size, device)
+        else:
+            inputs = draw_queries(models[name].images, int(batch), PEAK_STEPS)
+            make_step = partial(Step, variant, models[name], device)
+        print(json.dumps(measure_peak(make_step, inputs, device)))
         return
 
     out = sys.stderr if args.json else sys.stdout
     machine = describe_machine(device)
     print(", ".join(f"{key} {value}" for key, value in machine.items()), file=out)
+    if args.sd:
+        results = measure_stable_diffusion(args, device, out)
+        if args.json:
+            print(json.dumps({"machine": machine, "results": results}))
+        return
     print(
         f"\n{'model':17} {'batch':>5} {'variant':12} {'seconds':>8} {'quartiles':>15} {'ratio':>6} {'forward':>8}"
         f" {'backward':>8} {'peak MB':>8} {'ratio':>6} {'gradients':>10}",
@@ -299,8 +359,9 @@ def main(argv: list[str] | None = None) -> None:
         for batch in args.batches or model.batches:
             queries = draw_queries(model.images, batch, WARMUP + args.repeats)
             # First, for a child should not have to share the machine with the models of the timing.
-            peaks = {variant: peak_in_child(name, batch, variant, args.digits) for variant in VARIANTS}
-            seconds = measure_seconds(model, queries, device)
+            peaks = {variant: peak_in_child(args, name, batch, variant) for variant in VARIANTS}
+            steps = {variant: Step(variant, model, device) for variant in VARIANTS}
+            seconds = measure_seconds(steps, queries, device)
             for variant in VARIANTS:
                 forward_rows, backward_rows = count_rows(variant, queries[WARMUP:])
                 median, peak = statistics.median(seconds[variant]), peaks[variant]

@@ -48,7 +48,8 @@ def add_lora(
     Its first factors are drawn from torch's global generator, its second ones are zero: it starts as the identity.
     """
     unet.requires_grad_(False)
-    unet.to(dtype=dtype)
+    if dtype != unet.dtype:
+        unet.to(dtype=dtype)
     unet.add_adapter(
         LoraConfig(
             r=rank,

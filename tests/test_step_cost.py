@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "step_cost.py"
 
 @pytest.fixture(scope="module")
 def step_cost():
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a script that is run
     spec = importlib.util.spec_from_file_location("step_cost", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["step_cost"] = module
@@ -93,3 +94,12 @@ def test_bad_usage(step_cost, flags, capsys):
     with pytest.raises(SystemExit) as exit_info:
         step_cost.main(flags.split())
     assert exit_info.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_table_of_stable_diffusion(step_cost, capsys):
+    step_cost.main("--sd --batches 2 --quick --json".split())
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [row["variant"] for row in results] == list(step_cost.step_cost_sd.VARIANTS)
+    assert all(row["seconds_median"] > 0 for row in results)
+    assert results[0]["ratio_to_plain_cached"] == 1
