@@ -18,7 +18,7 @@ from tiny_problem import (
 )
 
 from siss_diffusers import METHODS, PairedGradients, scaling_rule
-from siss_diffusers.gradients import STATS, dot, split_by_side
+from siss_diffusers.gradients import STATS, inner_products, split_by_side
 from siss_diffusers.methods import SISS
 
 
@@ -140,8 +140,9 @@ def test_inner_products_are_precise_however_many_parameters_there_are():
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(2**22 + 5, generator=generator)
     b = torch.randn(2**22 + 5, generator=generator) + a
-    for x, y in ((a, a), (a, b)):
-        assert dot(x, y).item() == pytest.approx((x.double() * y.double()).sum().item(), rel=1e-10)
+    exact = [(x.double() * y.double()).sum().item() for x, y in ((a, a), (a, b), (b, b))]
+    assert inner_products(a, b).tolist() == pytest.approx(exact, rel=1e-10)
+    assert inner_products(a).tolist() == pytest.approx(exact[:1], rel=1e-10)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
