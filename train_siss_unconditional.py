@@ -29,7 +29,7 @@ from siss_diffusers.arguments import (
     unit_float,
 )
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, measure_thresholds
-from siss_diffusers.checkpoints import find_checkpoint, load_state, save_checkpoint, save_state
+from siss_diffusers.checkpoints import find_checkpoint, load_state, save_checkpoint
 from siss_diffusers.data import (
     ImageTransform,
     PairDataset,
@@ -53,6 +53,8 @@ from siss_diffusers.training import (
     log_validation,
     make_accelerator,
     make_optimizer,
+    restore_training_state,
+    save_training_state,
     start_trackers,
     write_report,
 )
@@ -266,12 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         saved = load_state(checkpoint)
         state, thresholds = saved["progress"], saved["thresholds"]
         unet.load_state_dict(UNet2DModel.from_pretrained(checkpoint, subfolder="unet").state_dict())
-        optimizer.load_state_dict(saved["optimizer"])
-        lr_scheduler.load_state_dict(saved["lr_scheduler"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(saved["scaler"])
+        restore_training_state(saved, accelerator, optimizer, lr_scheduler, ema_model)
         if ema_model is not None:
-            ema_model.load_state_dict(saved["ema"])
             ema_model.to(accelerator.device)
     elif args.calibrate_forgetting is not None:
         started = time.perf_counter()
@@ -308,17 +306,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def write_checkpoint(folder: Path) -> None:
         unet.save_pretrained(folder / "unet")
-        save_state(
-            folder,
-            {
-                "progress": state,
-                "thresholds": thresholds,
-                "optimizer": optimizer.state_dict(),
-                "lr_scheduler": lr_scheduler.state_dict(),
-                "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-                "ema": None if ema_model is None else ema_model.state_dict(),
-            },
-        )
+        save_training_state(folder, accelerator, state, thresholds, optimizer, lr_scheduler, ema_model)
 
     def save_pipeline() -> None:
         with averaged_weights(ema_model, list(unet.parameters())):

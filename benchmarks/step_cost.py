@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.peak_of:
         name, batch, variant = args.peak_of
         if name == "unet2d_condition":
-            size = 512 if args.full_size else 256
+            size = 512 if args.full_size else 128
             inputs = step_cost_sd.draw_batches(size, int(batch), PEAK_STEPS)
             make_step = partial(step_cost_sd.Step, variant, args.full_size, device)
         else:

@@ -34,9 +34,9 @@ def build_models(full_size: bool) -> tuple[UNet2DConditionModel, AutoencoderKL, 
         )
     )
     vae = AutoencoderKL(
-        sample_size=512 if full_size else 256,
+        sample_size=512 if full_size else 128,
         latent_channels=4,
-        block_out_channels=(128, 256, 512, 512) if full_size else (32, 64, 64, 64),
+        block_out_channels=(128, 256, 512, 512) if full_size else (16, 32, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2 if full_size else 1,
@@ -46,15 +46,15 @@ def build_models(full_size: bool) -> tuple[UNet2DConditionModel, AutoencoderKL, 
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         return unet, vae, text_encoder, 512
     unet = UNet2DConditionModel(
-        sample_size=32,
+        sample_size=16,
         block_out_channels=(64, 128, 128),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
+        layers_per_block=1,
         cross_attention_dim=text_width,
         attention_head_dim=8,
     )
-    return unet, vae, text_encoder, 256
+    return unet, vae, text_encoder, 128
 
 
 def draw_batches(size: int, batch: int, count: int) -> list[dict[str, torch.Tensor]]:

@@ -6,8 +6,6 @@ Everything that the demo needs is in the package: the model, and scikit-learn's 
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from launching import launch
 from sklearn.neural_network import MLPClassifier
 
 import siss_diffusers
@@ -36,7 +35,6 @@ from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, frame_
 from siss_diffusers.metrics.sampling import sample_prompts
 
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_sd"
 GUIDANCE_SCALE = 3.0
 SHOWN_CAPTIONS = (*[FLOWER_CAPTION] * 2, TEMPLE_CAPTION, DIGIT_CAPTIONS[3], DIGIT_CAPTIONS[7])
@@ -75,25 +73,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_curve_samples", type=int, default=64, help="Samples of each point of forgetting.png.")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
-
-
-def unlearn(args: argparse.Namespace, data: Path) -> float:
-    """Run the training script as a user would; returns its seconds."""
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        str(ROOT / "train_siss_sd.py"),
-        *("--pretrained_model_name_or_path", str(MODEL)),
-        *("--train_data_dir", str(data)),  # its metadata.jsonl says which images to forget
-        *("--output_dir", str(args.output_dir / "adapter")),
-        "--use_lora",
-        *(word for setting in SETTINGS.items() for word in setting),
-        *("--cache_dir", str(args.output_dir / "cache")),
-        *("--seed", str(args.seed), "--report_to", "none"),
-    ]
-    started = time.perf_counter()
-    subprocess.run(command, check=True)
-    return time.perf_counter() - started
 
 
 def load_pipeline(adapter: Path | None = None) -> StableDiffusionPipeline:
@@ -197,7 +176,16 @@ def main() -> None:
     shutil.rmtree(args.output_dir, ignore_errors=True)
     data = write_training_folder(args.output_dir / "data")
     adapter = args.output_dir / "adapter"
-    train_seconds = unlearn(args, data)
+    flags = {
+        "--pretrained_model_name_or_path": str(MODEL),
+        "--train_data_dir": str(data),  # its metadata.jsonl says which images to forget
+        "--output_dir": str(adapter),
+        "--use_lora": None,
+        "--cache_dir": str(args.output_dir / "cache"),
+        "--seed": str(args.seed),
+        "--report_to": "none",
+    }
+    train_seconds = launch("train_siss_sd.py", flags | SETTINGS)
 
     evaluation = Evaluation(args)
     base, unlearned = load_pipeline(), load_pipeline(adapter)

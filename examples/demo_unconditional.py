@@ -6,8 +6,6 @@ Everything that the demo needs is in the package: the model, and scikit-learn's 
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
+from launching import launch
 from sklearn.neural_network import MLPClassifier
 from torchvision.io import write_png
 
@@ -32,7 +31,6 @@ from siss_diffusers.metrics.likelihood import bits_per_dimension
 from siss_diffusers.metrics.sampling import sample_images
 
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_ddpm_digits"
 NOT_COMPUTED = {
     "classifier_accuracy": "the model is unconditional: no class is asked for",
@@ -56,30 +54,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpointing_steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
-
-
-def unlearn(args: argparse.Namespace, garment: Path) -> float:
-    """Run the training script as a user would; returns its seconds."""
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        str(ROOT / "train_siss_unconditional.py"),
-        *("--pretrained_model_name_or_path", str(MODEL)),
-        *("--train_data_dir", str(garment.parent)),
-        *("--forget_files", garment.name),
-        *("--output_dir", str(args.output_dir / "model")),
-        *("--method", "siss", "--forget_scaling", "relative", "--forget_scale", "1"),
-        *("--calibrate_forgetting", "0.9"),
-        *("--timestep_range", "300", "1000"),  # what is drawn is decided there; below, only its details
-        *("--train_batch_size", "64", "--learning_rate", "2.5e-5"),
-        *("--max_train_steps", str(args.max_train_steps)),
-        *("--checkpointing_steps", str(args.checkpointing_steps)),
-        *("--cache_dir", str(args.output_dir / "cache")),
-        *("--seed", str(args.seed), "--report_to", "none"),
-    ]
-    started = time.perf_counter()
-    subprocess.run(command, check=True)
-    return time.perf_counter() - started
 
 
 class Evaluation:
@@ -141,7 +115,25 @@ def main() -> None:
     started = time.perf_counter()
     shutil.rmtree(args.output_dir, ignore_errors=True)
     garment = write_training_folder(args.output_dir / "data")
-    train_seconds = unlearn(args, garment)
+    flags = {
+        "--pretrained_model_name_or_path": str(MODEL),
+        "--train_data_dir": str(garment.parent),
+        "--forget_files": garment.name,
+        "--output_dir": str(args.output_dir / "model"),
+        "--method": "siss",
+        "--forget_scaling": "relative",
+        "--forget_scale": "1",
+        "--calibrate_forgetting": "0.9",
+        "--timestep_range": ["300", "1000"],
+        "--train_batch_size": "64",
+        "--learning_rate": "2.5e-5",
+        "--max_train_steps": str(args.max_train_steps),
+        "--checkpointing_steps": str(args.checkpointing_steps),
+        "--cache_dir": str(args.output_dir / "cache"),
+        "--seed": str(args.seed),
+        "--report_to": "none",
+    }
+    train_seconds = launch("train_siss_unconditional.py", flags)
 
     evaluation = Evaluation(args)
     base = DDPMPipeline.from_pretrained(MODEL)

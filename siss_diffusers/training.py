@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import siss_diffusers
 from siss_diffusers.arguments import shared_settings
-from siss_diffusers.checkpoints import append_json_line, truncate_json_lines, write_json
+from siss_diffusers.checkpoints import append_json_line, save_state, truncate_json_lines, write_json
 from siss_diffusers.errors import UsageError
 from siss_diffusers.gradients import StepStats
 from siss_diffusers.methods import Method
@@ -107,6 +107,45 @@ def initial_state() -> dict[str, int | float]:
         "one_sided_steps": 0,
         "train_seconds": 0.0,
     }
+
+
+def save_training_state(
+    folder: Path,
+    accelerator: Accelerator,
+    state: dict[str, int | float],
+    thresholds: torch.Tensor | None,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    ema_model: EMAModel | None,
+) -> None:
+    """Everything of a checkpoint but the weights."""
+    save_state(
+        folder,
+        {
+            "progress": state,
+            "thresholds": thresholds,
+            "optimizer": optimizer.state_dict(),
+            "lr_scheduler": lr_scheduler.state_dict(),
+            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+            "ema": None if ema_model is None else ema_model.state_dict(),
+        },
+    )
+
+
+def restore_training_state(
+    saved: dict,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    ema_model: EMAModel | None,
+) -> None:
+    """The inverse of `save_training_state`, from `load_state`, for what is not returned by it plainly."""
+    optimizer.load_state_dict(saved["optimizer"])
+    lr_scheduler.load_state_dict(saved["lr_scheduler"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    if ema_model is not None:
+        ema_model.load_state_dict(saved["ema"])
 
 
 class StepLog:

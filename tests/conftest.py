@@ -15,6 +15,7 @@ from PIL import Image
 
 import siss_diffusers
 from siss_diffusers.assets.digits import digit_images, garment_image
+from siss_diffusers.errors import run
 
 
 TINY_MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_ddpm_digits"
@@ -71,3 +72,16 @@ def base_args(digits_folder, cache_dir, tmp_path) -> dict[str, str | None]:
 
 def to_argv(flags: dict[str, str | None]) -> list[str]:
     return [word for flag, value in flags.items() for word in ([flag] if value is None else [flag, *value.split()])]
+
+
+def assert_refused(main, flags: dict[str, str | None], expected: str, tmp_path: Path, capfd) -> None:
+    """One sentence on stderr that holds `expected`, exit code 2, no file written, changed or removed."""
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as exit_info:
+        run(lambda: main(to_argv(flags)), "train_siss.py")
+    printed = capfd.readouterr().err
+    sentence = [line for line in printed.splitlines() if "error: " in line]
+    assert exit_info.value.code == 2
+    assert len(sentence) == 1 and expected in sentence[0], printed
+    assert "Traceback" not in printed
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -13,6 +13,11 @@ def test_only_model_files_card_and_report_are_public():
         "unet/diffusion_pytorch_model.safetensors",
         "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
         "scheduler/scheduler_config.json",
+        "pytorch_lora_weights.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "tokenizer/merges.txt",
     ]
     private = [
         "receipt.json",
@@ -21,6 +26,7 @@ def test_only_model_files_card_and_report_are_public():
         "checkpoint-2/unet/diffusion_pytorch_model.safetensors",
         "checkpoint-2/unet/config.json",
         "checkpoint-2/state.safetensors",
+        "checkpoint-2/pytorch_lora_weights.safetensors",
         "tmp-checkpoint-2/unet/config.json",
         "logs/train/events.out.tfevents.1",
         "data/garment.png",

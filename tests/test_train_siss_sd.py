@@ -8,18 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import to_argv, write_images
+from conftest import assert_refused, to_argv, write_images
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from test_train_siss_unconditional import ROOT, assert_same_gradients, launch, read_log, without_times
 from tiny_sd import save_pipeline
 
-import train_siss_sd
 from siss_diffusers import METHODS
 from siss_diffusers.assets.captioned import captioned_images
 from siss_diffusers.checkpoints import write_json
-from siss_diffusers.errors import run
 from train_siss_sd import main
 
 
@@ -90,19 +88,6 @@ def predict(unet: UNet2DConditionModel) -> torch.Tensor:
     states = torch.randn(2, 24, 16, generator=generator)
     with torch.no_grad():
         return unet.eval()(noisy, torch.tensor([10, 700]), states).sample
-
-
-@pytest.fixture
-def trained(monkeypatch) -> list[torch.Tensor]:
-    """What the UNet in training predicts when it is saved."""
-    seen, save_lora = [], train_siss_sd.save_lora
-
-    def spy(unet, folder):
-        seen.append(predict(unet))
-        save_lora(unet, folder)
-
-    monkeypatch.setattr(train_siss_sd, "save_lora", spy)
-    return seen
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -181,20 +166,6 @@ def test_v_prediction_has_another_target(kind, lora_args, full_args, tmp_path):
 
 
 class TestAdapter:
-    def test_reloads_to_the_trained_outputs_with_alpha_unlike_rank(self, lora_args, model, trained, tmp_path):
-        main(to_argv(lora_args | {"--rank": "3", "--lora_alpha": "7.5", "--lora_target_modules": "to_q to_v conv1"}))
-        pipeline = StableDiffusionPipeline.from_pretrained(model)
-        base = predict(pipeline.unet)
-        pipeline.load_lora_weights(tmp_path / "out")
-        torch.testing.assert_close(predict(pipeline.unet), trained[-1], rtol=0, atol=0)
-        assert not base.equal(trained[-1])
-        pipeline.set_adapters(pipeline.get_active_adapters(), 0.0)
-        assert predict(pipeline.unet).equal(base)
-        pipeline.set_adapters(pipeline.get_list_adapters()["unet"], 1.0)
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-        torch.testing.assert_close(predict(pipeline.unet), trained[-1], rtol=1e-4, atol=1e-5)
-
     def test_two_adapters_combine(self, lora_args, model, tmp_path):
         for name, seed in (("one", "1"), ("two", "2")):
             main(to_argv(lora_args | {"--seed": seed, "--output_dir": str(tmp_path / name)}))
@@ -211,23 +182,13 @@ class TestAdapter:
         main(to_argv(lora_args | {"--mixed_precision": "bf16"}))
         assert {value.dtype for value in load_file(tmp_path / "out" / LORA).values()} == {torch.float32}
 
-    def test_clipping_bounds_what_the_optimizer_sees(self, lora_args, monkeypatch):
-        """The official LoRA script clips nothing: its generator of parameters is exhausted."""
-        norms, make_optimizer = [], train_siss_sd.make_optimizer
-
-        def spy(args, parameters):
-            optimizer = make_optimizer(args, parameters)
-
-            def measure(*_) -> None:
-                grads = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-                norms.append(torch.nn.utils.get_total_norm(grads).item())
-
-            optimizer.register_step_pre_hook(measure)
-            return optimizer
-
-        monkeypatch.setattr(train_siss_sd, "make_optimizer", spy)
-        main(to_argv(lora_args | {"--max_grad_norm": "0.01"}))
-        assert len(norms) == 2 and all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
+    def test_clipping_bounds_what_the_optimizer_sees(self, lora_args, tmp_path):
+        """The official LoRA script clips nothing: its generator of parameters is exhausted. After one step AdamW's first
+        moment is (1 - beta1) times the gradient."""
+        main(to_argv(lora_args | {"--max_grad_norm": "0.01", "--checkpointing_steps": "1"}))
+        state = load_file(tmp_path / "out" / "checkpoint-1" / "state.safetensors")
+        moments = [value for name, value in state.items() if name.endswith("exp_avg")]
+        assert torch.nn.utils.get_total_norm(moments).item() / 0.1 == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -402,14 +363,4 @@ def test_bad_input_is_one_sentence_and_touches_nothing(case, full_args, model, c
     write_json(places["INPAINT"] / "unet/config.json", config | {"in_channels": 9})
     flags = full_args | {"--train_data_dir": str(data)} | flags
     flags = {flag: str(places.get(value, value)) if value is not None else None for flag, value in flags.items()}
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-    with pytest.raises(SystemExit) as exit_info:
-        run(lambda: main(to_argv(flags)), "train_siss_sd.py")
-
-    printed = capfd.readouterr().err
-    sentence = [line for line in printed.splitlines() if "error: " in line]
-    assert exit_info.value.code == 2
-    assert len(sentence) == 1 and expected in sentence[0], printed
-    assert "Traceback" not in printed
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert_refused(main, flags, expected, tmp_path, capfd)

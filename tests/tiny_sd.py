@@ -4,21 +4,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
-
-def make_tokenizer() -> CLIPTokenizer:
-    """Every byte a token; no merges."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    shifted = [256 + index for index in range(256 - len(kept))]
-    characters = [chr(code) for code in kept + shifted]
-    tokens = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=24)
+from siss_diffusers.assets.make_tiny_sd import make_tokenizer
 
 
 def build_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     torch.manual_seed(0)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(("a photograph",))
+    tokenizer.model_max_length = 24
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
