@@ -36,7 +36,7 @@ def build_models(full_size: bool) -> tuple[UNet2DConditionModel, AutoencoderKL, 
     vae = AutoencoderKL(
         sample_size=512 if full_size else 128,
         latent_channels=4,
-        block_out_channels=(128, 256, 512, 512) if full_size else (16, 32, 32, 32),
+        block_out_channels=(128, 256, 512, 512) if full_size else (32, 32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2 if full_size else 1,
