@@ -26,6 +26,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from siss_diffusers import METHODS, GaussianPath, PairedGradients, Query, importance_weights, scaling_rule
 from siss_diffusers.assets.digits import digit_images, garment_image
+from siss_diffusers.gradients import split_by_side
 
 
 VARIANTS = ("plain", "siss", "siss_no_is", "two_backward")
@@ -186,11 +187,12 @@ def count_rows(variant: str, queries: list[Query]) -> tuple[float, float]:
     if variant not in METHODS:
         return batch, 2 * batch if variant == "two_backward" else batch
     rows = [METHODS[variant]().rows(query) for query in queries]
-    sides = [torch.stack([row.keep_weight > 0, row.forget_weight > 0]) for row in rows]
-    return (
-        statistics.mean(int(side.any(0).sum()) for side in sides),
-        statistics.mean(int(side.sum()) for side in sides),
-    )
+    forward, backward = [], []
+    for row in rows:
+        groups = [(len(group), keep + forget) for group, keep, forget in split_by_side(row)]
+        forward.append(sum(size for size, _ in groups))
+        backward.append(sum(size * sides for size, sides in groups))
+    return statistics.mean(forward), statistics.mean(backward)
 
 
 def measure_seconds(steps: dict[str, Callable], inputs: list, device: torch.device) -> dict[str, list[float]]:
@@ -235,6 +237,7 @@ def peak_in_child(args: argparse.Namespace, model: str, batch: int, variant: str
     command = [sys.executable, __file__, "--peak_of", model, str(batch), variant]
     if args.digits is not None:
         command += ["--digits", args.digits]
+    command += ["--resolution", str(args.resolution)]
     if args.full_size:
         command.append("--full_size")
     # Freed blocks go back to the system at once, so that resident memory is what is in use.
@@ -249,11 +252,10 @@ def measure_stable_diffusion(args: argparse.Namespace, device: torch.device, out
         f" {'images/s':>9} {'peak MB':>8}",
         file=out,
     )
-    *_, size = step_cost_sd.build_models(args.full_size)
     results = []
     for batch in args.batches or (8,):
         peaks = {variant: peak_in_child(args, "unet2d_condition", batch, variant) for variant in step_cost_sd.VARIANTS}
-        inputs = step_cost_sd.draw_batches(size, batch, WARMUP + args.repeats)
+        inputs = step_cost_sd.draw_batches(args.resolution, batch, WARMUP + args.repeats)
         steps = {variant: step_cost_sd.Step(variant, args.full_size, device) for variant in step_cost_sd.VARIANTS}
         seconds = measure_seconds(steps, inputs, device)
         medians = {variant: statistics.median(values) for variant, values in seconds.items()}
@@ -314,12 +316,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--full_size", action="store_true", help="With --sd: Stable Diffusion 1.5's architecture, for a GPU."
     )
+    parser.add_argument(
+        "--resolution", type=int, help="With --sd: side of the pictures. Default: 256, or 512 with --full_size."
+    )
     parser.add_argument("--peak_of", nargs=3, metavar=("MODEL", "BATCH", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.repeats < 1 or any(batch < 2 for batch in args.batches or []):
         parser.error("--repeats must be at least 1, --batches at least 2")
     if args.quick:
         args.repeats = 2
+    if args.resolution is None:
+        args.resolution = 512 if args.full_size else 256
     return args
 
 
@@ -330,8 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.peak_of:
         name, batch, variant = args.peak_of
         if name == "unet2d_condition":
-            size = 512 if args.full_size else 128
-            inputs = step_cost_sd.draw_batches(size, int(batch), PEAK_STEPS)
+            inputs = step_cost_sd.draw_batches(args.resolution, int(batch), PEAK_STEPS)
             make_step = partial(step_cost_sd.Step, variant, args.full_size, device)
         else:
             inputs = draw_queries(models[name].images, int(batch), PEAK_STEPS)

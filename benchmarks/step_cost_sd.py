@@ -21,8 +21,8 @@ LAM = 0.5
 MAX_GRAD_NORM = 1.0
 
 
-def build_models(full_size: bool) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel, int]:
-    """UNet, VAE, text encoder and the side of the pictures: Stable Diffusion 1.5's architecture, or a narrow one."""
+def build_models(full_size: bool) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
+    """UNet, VAE and text encoder: Stable Diffusion 1.5's architecture, or a narrow one."""
     text_width, text_layers = (768, 12) if full_size else (128, 4)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -34,7 +34,7 @@ def build_models(full_size: bool) -> tuple[UNet2DConditionModel, AutoencoderKL, 
         )
     )
     vae = AutoencoderKL(
-        sample_size=512 if full_size else 128,
+        sample_size=512 if full_size else 256,
         latent_channels=4,
         block_out_channels=(128, 256, 512, 512) if full_size else (32, 32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -44,9 +44,9 @@ def build_models(full_size: bool) -> tuple[UNet2DConditionModel, AutoencoderKL, 
     if full_size:
         # The defaults of the class are Stable Diffusion 1's blocks.
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        return unet, vae, text_encoder, 512
+        return unet, vae, text_encoder
     unet = UNet2DConditionModel(
-        sample_size=16,
+        sample_size=32,
         block_out_channels=(64, 128, 128),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -54,7 +54,7 @@ def build_models(full_size: bool) -> tuple[UNet2DConditionModel, AutoencoderKL, 
         cross_attention_dim=text_width,
         attention_head_dim=8,
     )
-    return unet, vae, text_encoder, 128
+    return unet, vae, text_encoder
 
 
 def draw_batches(size: int, batch: int, count: int) -> list[dict[str, torch.Tensor]]:
@@ -84,7 +84,7 @@ class Step:
     def __init__(self, variant: str, full_size: bool, device: torch.device) -> None:
         torch.manual_seed(0)
         self.variant, self.device = variant, device
-        self.unet, vae, text_encoder, _ = build_models(full_size)
+        self.unet, vae, text_encoder = build_models(full_size)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if variant.endswith("_lora"):
             add_lora(self.unet, 4, 4, 0.0, ATTENTION_PROJECTIONS, self.dtype)

@@ -47,17 +47,21 @@ class StepStats:
 
 
 def split_by_side(rows: Rows) -> Iterator[tuple[Rows, bool, bool]]:
-    """Group rows so that none is run for a side on which its weight is zero.
+    """Group rows so that none is run backward for a side on which its weight is zero.
 
     Yields:
-        `(rows, serves_keep, serves_forget)` for the keep-only, the forget-only and the two-sided rows. Rows that serve
-        neither side are dropped. The weights are on the host, so nothing here waits for a device.
+        `(rows, serves_keep, serves_forget)`: the rows of the keep side and those of the forget side; where more than an
+        eighth serve both, these in a group of their own. The weights are on the host, so nothing here waits for a device.
     """
     # Not "> 0": a NaN weight must reach the gradient and skip the step, not drop out of sight.
     keep, forget = rows.keep_weight != 0, rows.forget_weight != 0
-    for mask, serves_keep, serves_forget in ((keep & ~forget, True, False), (forget & ~keep, False, True)) + (
-        (keep & forget, True, True),
-    ):
+    both = keep & forget
+    groups = [(keep, True, False), (forget, False, True)]
+    # Another forward of a few rows costs less than a third batch, which on two cores and a narrow network costs as much
+    # as five rows before the first of them; with many, the other two batches would also need more memory.
+    if both.sum() > len(rows) / 8:
+        groups = [(keep & ~both, True, False), (forget & ~both, False, True), (both, True, True)]
+    for mask, serves_keep, serves_forget in groups:
         index = mask.nonzero().flatten()
         if len(index):
             yield rows[index], serves_keep, serves_forget

@@ -109,7 +109,7 @@ def test_with_every_row_above_its_threshold_only_the_keep_gradient_is_left(scali
     assert stats.forget_active == 0 and stats.forget_scale == 0 and not stats.skipped
     keep_only = [replace(rows, forget_weight=torch.zeros(len(rows))) for rows in window]
     expected, _ = engine_gradient(net, constant_rule(1.0, 0.0), keep_only)
-    # Rows that would serve both sides run in a group of their own, so the sums may be rounded differently.
+    # Rows that would serve both sides may run in a group of their own, so the sums may be rounded differently.
     assert relative_error(found, expected) < 5e-7 if name == "siss" else found.equal(expected)
 
 

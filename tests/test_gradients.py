@@ -177,6 +177,27 @@ def test_rows_are_grouped_by_the_sides_they_serve():
         assert group.num_pairs == 40 and group.noisy.equal(rows.noisy[group.pair])
 
 
+@pytest.mark.parametrize(("few", "groups"), [(2, 2), (3, 3)])
+def test_a_few_rows_of_both_sides_join_the_groups_of_both(few, groups):
+    rows = window_of(draw_query(batch=64), 64)[0]
+    both = (rows.keep_weight > 0) & (rows.forget_weight > 0)
+    one, two = (~both).nonzero().flatten()[: 16 - few], both.nonzero().flatten()[:few]
+    rows = rows[torch.cat([one, two]).sort().values]
+    found = list(split_by_side(rows))
+    assert len(rows) == 16 and len(found) == groups
+    if groups == 2:
+        (keep, *sides), (forget, *other_sides) = found
+        assert sides == [True, False] and other_sides == [False, True]
+        assert keep.pair.tolist() == rows.pair[rows.keep_weight > 0].tolist()
+        assert forget.pair.tolist() == rows.pair[rows.forget_weight > 0].tolist()
+
+
+def test_a_weight_that_is_not_a_number_does_not_drop_out_of_sight():
+    rows = window_of(draw_query(batch=40), 40)[0]
+    rows.keep_weight[2] = float("nan")
+    assert sum(2 in group.pair for group, keep, _ in split_by_side(rows) if keep) == 1
+
+
 @pytest.mark.parametrize("scaling", ["relative", "norm", "nash"])
 @pytest.mark.parametrize("side", ["keep", "forget"])
 def test_a_side_without_rows_means_the_keep_gradient_alone(scaling, side):

@@ -203,8 +203,11 @@ def test_no_forward_is_spent_on_a_row_of_weight_zero(name):
         assert all(((group.keep_weight > 0) | (group.forget_weight > 0)).all() for group in seen)
         serving = (rows.keep_weight > 0).long() + (rows.forget_weight > 0).long()
         forwards = sum(len(group) for group in seen)
-        # Only where the forget gradient comes first does a row that serves both sides run twice.
-        assert forwards == (serving if gradients.mode == "forget_first" else serving.clamp(max=1)).sum()
+        # A row that serves both sides runs twice where the forget gradient comes first, or where few such rows are.
+        twice = gradients.mode == "forget_first" or (
+            gradients.mode == "paired" and (serving == 2).sum() <= len(rows) / 8
+        )
+        assert forwards == (serving if twice else serving.clamp(max=1)).sum()
 
 
 # Unbiasedness, by Monte Carlo on Gaussian images of two pixels and a fixed perceptron.
