@@ -67,16 +67,18 @@ class Evaluation:
         self.forget = torch.from_numpy(garment_image())[None, None] / 255
         self.detectors = CopyDetectors.calibrated(self.forget, self.keep)
 
-    def samples(self, unet: UNet2DModel, scheduler, num_samples: int, progress: str) -> dict:
-        """Copies, and the inception score of what is no copy, among samples of the same seeds for every model."""
+    def samples(self, unet: UNet2DModel, scheduler, num_samples: int, progress: str) -> torch.Tensor:
+        """Samples of the same seeds for every model."""
         unet = unet.to(memory_format=torch.channels_last)  # faster on a CPU
-        images = sample_images(unet, scheduler, num_samples, seed=self.args.seed, progress=progress)
+        return sample_images(unet, scheduler, num_samples, seed=self.args.seed, progress=progress)
+
+    def statistics(self, images: torch.Tensor) -> dict:
+        """Copies, and the inception score of what is no copy."""
         flags = self.detectors.flags(images)
         others = images[~flags["any"]]
         probabilities = self.classifier.predict_proba(others.flatten(1).numpy())
         score, spread = inception_score(torch.from_numpy(probabilities))
-        statistics = copy_statistics(flags) | {"inception_score": score, "inception_score_std": spread}
-        return {"images": images, "copies": flags["any"].tolist(), "statistics": statistics}
+        return copy_statistics(flags) | {"inception_score": score, "inception_score_std": spread}
 
     def likelihoods(self, unet: UNet2DModel, scheduler) -> dict[str, float]:
         chosen = np.random.default_rng(self.args.seed).choice(len(self.keep), self.args.num_keep_images, replace=False)
@@ -138,23 +140,26 @@ def main() -> None:
     evaluation = Evaluation(args)
     base = DDPMPipeline.from_pretrained(MODEL)
     unlearned = DDPMPipeline.from_pretrained(args.output_dir / "model")
-    results, metrics = {}, {}
+    images, metrics = {}, {}
     for name, pipeline in (("base", base), ("unlearned", unlearned)):
-        results[name] = evaluation.samples(pipeline.unet, pipeline.scheduler, args.num_samples, f"Samples, {name}")
+        images[name] = evaluation.samples(pipeline.unet, pipeline.scheduler, args.num_samples, f"Samples, {name}")
         likelihoods = evaluation.likelihoods(pipeline.unet, pipeline.scheduler)
-        metrics[name] = results[name]["statistics"] | likelihoods | dict.fromkeys(NOT_COMPUTED)
+        metrics[name] = evaluation.statistics(images[name]) | likelihoods | dict.fromkeys(NOT_COMPUTED)
 
-    curve_samples = args.num_curve_samples
-    curve = [(0, evaluation.samples(base.unet, base.scheduler, curve_samples, "Samples, step 0")["statistics"])]
+    # The ends of the curve are there already: both models begin with the seeds of the curve.
+    curve_samples = min(args.num_curve_samples, args.num_samples)
+    points = {0: images["base"][:curve_samples], args.max_train_steps: images["unlearned"][:curve_samples]}
     for checkpoint in list_checkpoints(args.output_dir / "model"):
         step = int(checkpoint.name.rpartition("-")[2])
-        unet = UNet2DModel.from_pretrained(checkpoint / "unet")
-        found = evaluation.samples(unet, base.scheduler, curve_samples, f"Samples, step {step}")
-        curve.append((step, found["statistics"]))
+        if step not in points:
+            unet = UNet2DModel.from_pretrained(checkpoint / "unet")
+            points[step] = evaluation.samples(unet, base.scheduler, curve_samples, f"Samples, step {step}")
+    curve = [(step, evaluation.statistics(points[step])) for step in sorted(points)]
 
     # The same seeds in both pictures.
     for name, picture in (("base", "before.png"), ("unlearned", "after.png")):
-        grid = frame_copies(results[name]["images"][:160], results[name]["copies"][:160], columns=20)
+        shown = images[name][:160]
+        grid = frame_copies(shown, evaluation.detectors.flags(shown)["any"].tolist(), columns=20)
         write_png(grid, str(args.output_dir / picture))
     plot_forgetting(args.output_dir / "forgetting.png", curve)
     settings = {
