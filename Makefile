@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := siss_diffusers train_siss_unconditional.py train_siss_sd.py benchmarks examples tests setup.py
 
-.PHONY: demo demo-unconditional test test-full bench style quality clean
+.PHONY: demo demo-unconditional demo-audit test test-full bench style quality clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo_sd.py
 
 demo-unconditional: $(INSTALLED)
 	$(BIN)/python examples/demo_unconditional.py
+
+demo-audit: $(INSTALLED)
+	$(BIN)/python examples/demo_audit.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -10,13 +10,13 @@ version = next(
 )
 
 extras = {
-    # inception scores and the digit classifier of the demos, their pictures
+    # the commands of `siss`: k-means, charts; inception scores and the digit classifier of the demos
     "eval": ["scikit-learn>=1.5", "scipy>=1.13", "matplotlib>=3.9"],
     "8bit": ["bitsandbytes>=0.45"],
     "wandb": ["wandb>=0.19"],
     "quality": ["ruff>=0.12"],
 }
-extras["dev"] = [*extras["eval"], *extras["8bit"], *extras["quality"], "pytest>=8", "hypothesis>=6.100"]
+extras["dev"] = [*extras["eval"], *extras["8bit"], *extras["quality"], "pytest>=8", "hypothesis>=6.100", "torchmetrics>=1.6"]
 
 setup(
     name="siss_diffusers",
@@ -28,6 +28,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["siss_diffusers", "siss_diffusers.*"]),
     py_modules=["train_siss_unconditional", "train_siss_sd"],
+    entry_points={"console_scripts": ["siss=siss_diffusers.cli:cli"]},
     package_data={"siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"]},
     install_requires=[
         "torch>=2.6",

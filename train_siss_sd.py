@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -37,11 +36,11 @@ from siss_diffusers.arguments import (
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, calibration_draws, measure_thresholds
 from siss_diffusers.checkpoints import find_checkpoint, load_state, save_checkpoint
 from siss_diffusers.data import (
-    Images,
     ImageTransform,
     Latents,
     PairDataset,
     WindowSampler,
+    load_captions,
     nearest_neighbors,
     neighbor_candidates,
     planned_rows,
@@ -52,9 +51,10 @@ from siss_diffusers.draws import ADAPTER, MODEL, SUBSET, keyed_generator, torch_
 from siss_diffusers.errors import UsageError, run
 from siss_diffusers.hub import push
 from siss_diffusers.lora import ATTENTION_PROJECTIONS, LORA_FILE, add_lora, check_target_modules, load_lora, save_lora
-from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
+from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES, CopyDetectors, copy_statistics, for_detectors
 from siss_diffusers.metrics.sampling import sample_prompts
 from siss_diffusers.noising import min_snr_weight
+from siss_diffusers.pipelines import check_stable_diffusion
 from siss_diffusers.receipt import write_receipt
 from siss_diffusers.training import (
     StepLog,
@@ -79,10 +79,6 @@ MODEL_FILES = (
     *("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder"),
     *("model_index.json", LORA_FILE),
 )
-# Samples are compared with the forget images at this size at most, which a copy's small shifts and blurs survive.
-DETECTOR_SIZE = 64
-# Thresholds of the copy detectors are calibrated on at most this many of the images to keep.
-MAX_DETECTOR_IMAGES = 2_000
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -208,15 +204,7 @@ def load_configs(args: argparse.Namespace) -> tuple[dict, dict]:
         if not (folder / "model_index.json").exists():
             raise UsageError(f"{flag}: {name} is an adapter; name the pipeline that it was trained on")
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
-    try:
-        pipeline_class = StableDiffusionPipeline.load_config(name, **where).get("_class_name")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{flag}: {name} is no diffusers pipeline ({str(error).splitlines()[0]})")
-    if pipeline_class != "StableDiffusionPipeline":
-        raise UsageError(
-            f"{flag}: {name} is a {pipeline_class}, which is not supported yet; use a StableDiffusionPipeline"
-            " (Stable Diffusion 1.x or 2.x)"
-        )
+    check_stable_diffusion(name, flag, **where)
     try:
         unet_config = UNet2DConditionModel.load_config(name, subfolder="unet", **where)
         vae_config = AutoencoderKL.load_config(name, subfolder="vae", **where)
@@ -241,27 +229,6 @@ def choose_resolution(args: argparse.Namespace, unet_config: dict, vae_config: d
     if resolution % factor != 0:
         raise UsageError(f"--resolution {resolution} cannot be used: this model takes multiples of {factor}")
     return resolution
-
-
-def load_captions(images: Images, column: str) -> list[str]:
-    """The prompt of every image; of several, the first.
-
-    Raises:
-        UsageError: where the column or a prompt is missing.
-    """
-    if column not in images.rows.features:
-        raise UsageError(
-            f"{images.flag} has no captions: there is no column {column!r}, only {', '.join(images.rows.features)};"
-            ' add lines {"file_name": ..., "text": ...} in a metadata.jsonl, or name the column by --caption_column'
-        )
-    captions = [value[0] if isinstance(value, list) and value else value for value in images.column_values(column)]
-    missing = sum(not isinstance(caption, str) for caption in captions)
-    if missing:
-        raise UsageError(
-            f"{images.flag}: {missing} of {len(captions)} images have no caption in --caption_column {column!r}; add"
-            ' them ("" is a caption)'
-        )
-    return captions
 
 
 class Prompts:
@@ -307,12 +274,6 @@ def vae_encoder(vae: AutoencoderKL):
         return posterior.mean[0].cpu(), posterior.std[0].cpu()
 
     return encode
-
-
-def for_detectors(images: torch.Tensor) -> torch.Tensor:
-    """Images `(N, C, H, W)` at the size at which copies are looked for."""
-    size = min(DETECTOR_SIZE, images.shape[-1])
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -558,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
 
     detectors = None
     if accelerator.is_main_process and validation_steps:
-        shown = torch.stack([keep_images.load(index) for index in alike[:MAX_DETECTOR_IMAGES]])
+        shown = torch.stack([keep_images.load(index) for index in alike[:MAX_KEEP_IMAGES]])
         references = torch.stack([forget_images.load(index) for index in range(len(forget_images))])
         detectors = CopyDetectors.calibrated(for_detectors(references / 2 + 0.5), for_detectors(shown / 2 + 0.5))
 

@@ -264,21 +264,7 @@ def add_unlearning_arguments(parser: argparse.ArgumentParser) -> None:
             " starting model has on images to keep, at the same noise level."
         ),
     )
-    group.add_argument(
-        "--forget_data_dir", type=str, default=None, help="A folder of images to forget; copies of them are not kept."
-    )
-    group.add_argument(
-        "--forget_files", type=str, nargs="+", default=None, help="Files within --train_data_dir to forget."
-    )
-    group.add_argument(
-        "--forget_column",
-        type=str,
-        default=None,
-        help="A column of the data set that says what to forget. A boolean column `forget` is used without asking.",
-    )
-    group.add_argument(
-        "--forget_value", type=str, default=None, help="Forget the rows with this value in --forget_column."
-    )
+    add_forget_set_arguments(group)
     group.add_argument(
         "--timestep_range",
         type=natural_number,
@@ -306,6 +292,25 @@ def add_unlearning_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=20,
         help="Give up after so many steps in a row whose gradients were not finite.",
+    )
+
+
+def add_forget_set_arguments(group: argparse._ActionsContainer) -> None:
+    """Which images are to forget."""
+    group.add_argument(
+        "--forget_data_dir", type=str, default=None, help="A folder of images to forget; copies of them are not kept."
+    )
+    group.add_argument(
+        "--forget_files", type=str, nargs="+", default=None, help="Files within --train_data_dir to forget."
+    )
+    group.add_argument(
+        "--forget_column",
+        type=str,
+        default=None,
+        help="A column of the data set that says what to forget. A boolean column `forget` is used without asking.",
+    )
+    group.add_argument(
+        "--forget_value", type=str, default=None, help="Forget the rows with this value in --forget_column."
     )
 
 
@@ -337,6 +342,19 @@ def check_unlearning_arguments(args: argparse.Namespace) -> tuple[Method, Rule]:
         raise UsageError(
             f"--calibrate_forgetting needs a subtracted forget side, not --method {method.name}; use {fitting}"
         )
+    check_forget_set_arguments(args)
+    if args.timestep_range is not None and args.timestep_range[0] >= args.timestep_range[1]:
+        raise UsageError("--timestep_range LO HI needs LO below HI")
+    if args.stop_when_forgotten and args.validation_steps is None:
+        raise UsageError("--stop_when_forgotten needs --validation_steps, which says how often to look")
+    return method, method.rule(scaling)
+
+
+def check_forget_set_arguments(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UsageError: for flags of the forget set that exclude or need each other.
+    """
     given = [
         flag
         for flag, value in (
@@ -352,11 +370,6 @@ def check_unlearning_arguments(args: argparse.Namespace) -> tuple[Method, Rule]:
         raise UsageError("--forget_value needs --forget_column")
     if args.forget_files and args.train_data_dir is None:
         raise UsageError("--forget_files needs --train_data_dir, which they are part of")
-    if args.timestep_range is not None and args.timestep_range[0] >= args.timestep_range[1]:
-        raise UsageError("--timestep_range LO HI needs LO below HI")
-    if args.stop_when_forgotten and args.validation_steps is None:
-        raise UsageError("--stop_when_forgotten needs --validation_steps, which says how often to look")
-    return method, method.rule(scaling)
 
 
 def check_output_dir(args: argparse.Namespace) -> None:

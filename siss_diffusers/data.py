@@ -306,6 +306,27 @@ def split_data(
     return train.select(keep_indices), forget, forget_digests, counts
 
 
+def load_captions(images: Images, column: str) -> list[str]:
+    """The prompt of every image; of several, the first.
+
+    Raises:
+        UsageError: where the column or a prompt is missing.
+    """
+    if column not in images.rows.features:
+        raise UsageError(
+            f"{images.flag} has no captions: there is no column {column!r}, only {', '.join(images.rows.features)};"
+            ' add lines {"file_name": ..., "text": ...} in a metadata.jsonl, or name the column by --caption_column'
+        )
+    captions = [value[0] if isinstance(value, list) and value else value for value in images.column_values(column)]
+    missing = sum(not isinstance(caption, str) for caption in captions)
+    if missing:
+        raise UsageError(
+            f"{images.flag}: {missing} of {len(captions)} images have no caption in --caption_column {column!r}; add"
+            ' them ("" is a caption)'
+        )
+    return captions
+
+
 class LoadsImages(Protocol):
     """Images or latents by number: `load` gives `(C, H, W)`; without a generator nothing is random."""
 

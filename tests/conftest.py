@@ -15,6 +15,7 @@ from PIL import Image
 
 import siss_diffusers
 from siss_diffusers.assets.digits import digit_images, garment_image
+from siss_diffusers.cli import main as siss
 from siss_diffusers.errors import run
 
 
@@ -85,3 +86,20 @@ def assert_refused(main, flags: dict[str, str | None], expected: str, tmp_path: 
     assert len(sentence) == 1 and expected in sentence[0], printed
     assert "Traceback" not in printed
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def run_siss(*argv: str, code: int = 0) -> None:
+    """Call a command of `siss` in process."""
+    with pytest.raises(SystemExit) as exit_info:
+        run(lambda: siss(list(argv)), "siss")
+    assert exit_info.value.code == code
+
+
+def siss_error(capfd, *argv: str) -> str:
+    """The one sentence that a command of `siss` ends with on bad input."""
+    capfd.readouterr()
+    run_siss(*argv, code=2)
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    (sentence,) = [line for line in printed.splitlines() if "error: " in line]
+    return sentence

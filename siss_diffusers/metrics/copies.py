@@ -9,6 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+# Samples are compared with the forget images at this size at most, which a copy's small shifts and blurs survive.
+DETECTOR_SIZE = 64
+# Thresholds are calibrated on at most this many of the images to keep.
+MAX_KEEP_IMAGES = 2_000
+
+
+def for_detectors(images: Tensor) -> Tensor:
+    """Images `(N, C, H, W)` at the size at which copies are looked for."""
+    size = min(DETECTOR_SIZE, images.shape[-1])
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
 def pixel_l2(samples: Tensor, references: Tensor) -> Tensor:
     """Distance to the nearest reference, `(N,)`: the T-shirt rule of the SISS paper. Pixels in [0, 1].
 

@@ -1,0 +1,72 @@
+"""The text-conditional noise norm (Wen et al., arXiv 2407.21720): how hard a prompt pulls, large where it recalls."""
+
+import torch
+from torch import Tensor
+
+from siss_diffusers.metrics.likelihood import noise_prediction
+from siss_diffusers.noising import GaussianPath
+
+
+class TextNoiseNorms:
+    """Records `||eps(x_t, c) - eps(x_t, empty)||_2` while a pipeline samples under classifier-free guidance.
+
+        with TextNoiseNorms(pipeline.unet, path) as norms:
+            pipeline(prompts, generator=...)
+        norms.per_step()
+
+    It costs no network call: the sampler's own batch is [unconditional | conditional], both halves of the same x_t. A
+    call whose halves differ has no guidance and is not recorded. One pass down the timesteps is one batch of rows; the
+    batches of several passes are put side by side.
+
+    Args:
+        unet: the `UNet2DConditionModel` that is called; only watched.
+        path: of its scheduler; turns a difference of other predictions, such as v, into one of noise.
+    """
+
+    def __init__(self, unet: torch.nn.Module, path: GaussianPath) -> None:
+        self.unet, self.path = unet, path
+        self.passes: list[list[Tensor]] = []
+        self.first_timestep = -1.0
+
+    def __enter__(self) -> "TextNoiseNorms":
+        self.handle = self.unet.register_forward_hook(self._record)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.handle.remove()
+
+    def _record(self, unet: torch.nn.Module, args: tuple, output) -> None:
+        noisy, timestep = args[0].float(), float(args[1])
+        if len(noisy) % 2 or not torch.equal(*noisy.chunk(2)):
+            return
+        prediction = output[0].detach().float()  # of a tuple or of a `UNet2DConditionOutput`
+        index = int((self.path.model_timesteps - timestep).abs().argmin())
+        epsilon = noise_prediction(self.path, lambda *_: prediction)(noisy, index)
+        unconditional, conditional = epsilon.chunk(2)
+        # Some samplers visit a timestep twice, but none the first.
+        if not self.passes or timestep >= self.first_timestep:
+            self.passes.append([])
+            self.first_timestep = timestep
+        self.passes[-1].append((conditional - unconditional).flatten(1).norm(dim=1).cpu())
+
+    def per_step(self) -> Tensor:
+        """`(steps, rows)`, the first sampling step first, the rows in the order in which they were sampled.
+
+        Raises:
+            ValueError: where nothing was sampled under guidance.
+        """
+        if not self.passes:
+            raise ValueError(
+                "no call under classifier-free guidance was seen: the norm needs a guidance scale above 1"
+            )
+        return torch.cat([torch.stack(steps) for steps in self.passes], dim=1)
+
+
+def mean_noise_norm(per_step: Tensor) -> Tensor:
+    """The detection score of the paper, the mean over the steps; `(steps, rows)` to `(rows,)`."""
+    return per_step.mean(0)
+
+
+def first_noise_norm(per_step: Tensor) -> Tensor:
+    """The score after a single step, nearly as telling in the paper; `(steps, rows)` to `(rows,)`."""
+    return per_step[0]

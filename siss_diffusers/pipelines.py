@@ -1,0 +1,144 @@
+"""Stable Diffusion pipelines for the commands of `siss`: flags, loading, and samples shared out over processes."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from siss_diffusers.arguments import natural_number, non_negative_float, positive_int
+from siss_diffusers.errors import UsageError
+from siss_diffusers.metrics.sampling import sample_prompts
+
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """How samples are made, under the names that the training script uses."""
+    parser.add_argument("--seed", type=natural_number, default=0, help="Seed of the first sample; default: 0.")
+    parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="DDIM steps; default: 50.")
+    parser.add_argument(
+        "--guidance_scale", type=non_negative_float, default=7.5, help="Classifier-free guidance; default: 7.5."
+    )
+    parser.add_argument("--resolution", type=positive_int, help="Side of the pictures; default: the model's own.")
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=batch_size, help=f"Samples at a time; default: {batch_size}."
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="Precision of the model; default: float32.",
+    )
+
+
+def load_pipeline_class(name: str, flag: str, **where: str | None) -> str:
+    """The class of a pipeline, from its configuration.
+
+    Raises:
+        UsageError: where there is no pipeline.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.load_config(name, **where)["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{flag}: {name} is no diffusers pipeline ({str(error).splitlines()[0]})")
+
+
+def check_stable_diffusion(name: str, flag: str, **where: str | None) -> None:
+    """
+    Raises:
+        UsageError: for anything but a Stable Diffusion 1.x or 2.x text-to-image pipeline.
+    """
+    pipeline_class = load_pipeline_class(name, flag, **where)
+    if pipeline_class != "StableDiffusionPipeline":
+        raise UsageError(
+            f"{flag}: {name} is a {pipeline_class}, which is not supported yet; use a StableDiffusionPipeline"
+            " (Stable Diffusion 1.x or 2.x)"
+        )
+
+
+def load_stable_diffusion(
+    args: argparse.Namespace, name: str, flag: str, adapter: str | None = None
+) -> "StableDiffusionPipeline":
+    """The pipeline on this process's device, with an adapter in it where one is named.
+
+    Raises:
+        UsageError: for what is no Stable Diffusion pipeline, or no adapter for it.
+    """
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    check_stable_diffusion(name, flag)
+    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    device = PartialState().device
+    # No safety checker: a picture that it blacks out could not be compared.
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        name, dtype=getattr(torch, args.dtype), safety_checker=None, requires_safety_checker=False
+    )
+    if adapter is not None:
+        try:
+            pipeline.load_lora_weights(adapter)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(f"--adapter: {adapter} cannot be loaded into {name} ({str(error).splitlines()[0]})")
+    pipeline.to(device)
+    if device.type == "cpu":
+        pipeline.unet.to(memory_format=torch.channels_last)  # faster there
+    return pipeline
+
+
+def encode(pipeline: "StableDiffusionPipeline", prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Hidden states of the prompts `(N, L, D)` and of the empty one `(1, L, D)`."""
+    with torch.no_grad():
+        embeds, negative = pipeline.encode_prompt(list(prompts), pipeline.device, 1, True)
+    return embeds, negative[:1]
+
+
+def sample_batch(pipeline: "StableDiffusionPipeline", prompts: Sequence[str], args: argparse.Namespace, seed: int):
+    """Samples `(N, 3, H, W)` in [0, 1] of a prompt each; sample i is of seed `seed + i`."""
+    return sample_prompts(
+        pipeline,
+        *encode(pipeline, prompts),
+        seed=seed,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        batch_size=args.batch_size,
+        resolution=args.resolution,
+    )
+
+
+def on_all_processes(function: Callable, items: Sequence, progress: str | None = None) -> list:
+    """`[function(item) for item in items]` on every process, each having done a part of it. What an item is must not
+    depend on how many processes there are: a batch, then, not a sample."""
+    state = PartialState()
+    hidden = progress is None or not state.is_main_process
+    indices = range(state.process_index, len(items), state.num_processes)
+    found = [(index, function(items[index])) for index in tqdm(indices, desc=progress, disable=hidden)]
+    if state.num_processes > 1:
+        found = sorted(gather_object(found), key=lambda pair: pair[0])
+    return [result for _, result in found]
+
+
+def read_prompts(args: argparse.Namespace, flag: str, prompts: Sequence[str] | None, file: str | None) -> list[str]:
+    """Prompts from the command line and from a file of one a line, each once, in their order.
+
+    Raises:
+        UsageError: where the file cannot be read or there is none.
+    """
+    found = list(prompts or [])
+    if file is not None:
+        try:
+            found += [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{flag}_file: cannot read {file} ({error})")
+    return list(dict.fromkeys(found))
