@@ -16,7 +16,14 @@ extras = {
     "wandb": ["wandb>=0.19"],
     "quality": ["ruff>=0.12"],
 }
-extras["dev"] = [*extras["eval"], *extras["8bit"], *extras["quality"], "pytest>=8", "hypothesis>=6.100", "torchmetrics>=1.6"]
+extras["dev"] = [
+    *extras["eval"],
+    *extras["8bit"],
+    *extras["quality"],
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "torchmetrics>=1.6",
+]
 
 setup(
     name="siss_diffusers",

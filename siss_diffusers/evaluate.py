@@ -620,6 +620,10 @@ def main(args: argparse.Namespace) -> None:
     if not state.is_main_process:
         return
 
+    kind = "ordinary prompts" if stable_diffusion else "samples"
+    for name, images in samples.items():
+        if name != "base" and kind in images:
+            results[name]["drift"] = drift(samples["base"][kind], images[kind], evaluation.detectors)
     # A metric that could not be computed is null, with its reason.
     for metrics in results.values():
         metrics |= {name: None for name in evaluation.skipped if name not in metrics and " " not in name}
@@ -650,6 +654,17 @@ def main(args: argparse.Namespace) -> None:
     print_summary(content, output_dir)
 
 
+def drift(before: Tensor, after: Tensor, detectors: Detectors) -> float | None:
+    """How far the samples that were no copies have moved: median distance between two of one seed, relative to the
+    contrast of the first. 0 for the same picture, about sqrt(2) for unrelated ones."""
+    ordinary = ~detectors.flags(before)["any"]
+    if not ordinary.any():
+        return None
+    before, after = before[ordinary], after[ordinary]
+    contrast = (before - before.mean(dim=(2, 3), keepdim=True)).flatten(1).norm(dim=1)
+    return ((after - before).flatten(1).norm(dim=1) / contrast.clamp(min=1e-6)).median().item()
+
+
 def draw_pictures(output_dir: Path, evaluation: Model, samples: dict[str, dict[str, Tensor]]) -> dict[str, Path]:
     """Grids of samples of the same seeds, copies framed, by caption."""
     from torchvision.io import write_png
@@ -671,6 +686,7 @@ def print_summary(content: dict, output_dir: Path) -> None:
     names = [name for name in content if name != "settings"]
     rows = [("copies, %", "copy_share", 100), ("of others: L2 to the nearest to keep", "others_distance_to_keep", 1)]
     rows += [("of others: sharpness against those to keep", "others_sharpness", 1)]
+    rows += [("ordinary samples: drift from the base's", "drift", 1)]
     rows += [(key, key, 1) for key in ("inception_score", "fid", "kid", "nll_forget_bpd", "nll_keep_bpd")]
     rows += [("text_noise_norm", "text_noise_norm", 1)]
     print(f"\n{'':44}" + "".join(f"{name:>16}" for name in names))

@@ -115,6 +115,13 @@ METRICS = {
         figure_text,
         of_others=True,
     ),
+    "drift": Metric(
+        "Drift of ordinary samples",
+        "Median distance of a sample from the base's of the same seed, relative to its contrast; of those that were no"
+        " copies. Lower is better: 0 is the same picture, about 1.4 an unrelated one.",
+        figure_text,
+        of_the_rest=True,
+    ),
     "ordinary_copy_share": Metric(
         "Copies under ordinary prompts",
         "Share of the samples of other prompts that a detector flags. Lower is better.",

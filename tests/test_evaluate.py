@@ -95,7 +95,8 @@ def test_stable_diffusion_before_and_after(captioned, adapter, networks, cache_d
     base, unlearned, same, settings = (content[name] for name in ("base", "unlearned", "same", "settings"))
     assert settings["forget_images"] == 1 and settings["data"]["forget"] == 2
     # A model beside itself, on the same seeds: every figure is the same.
-    assert set(same) - set(base) == {"relearning"} and {name: same[name] for name in base} == base
+    assert set(same) - set(base) == {"relearning", "drift"} and {name: same[name] for name in base} == base
+    assert same["drift"] == 0 and unlearned["drift"] > 0.5
     shares, shares_after = base["copy_share_by_detector"], unlearned["copy_share_by_detector"]
     assert min(shares.values()) > 0.4 and shares.keys() == {"pixel_l2", "correlation", "cluster", "network"}
     # Pixels as features are a poor detector: what the ruined model makes is like anything to them.
@@ -147,7 +148,11 @@ def test_an_unconditional_model(digits_folder, cache_dir, networks, tmp_path):
     assert base["nll_keep_bpd"] < unlearned["nll_keep_bpd"] and base["nll_forget_bpd"] < unlearned["nll_forget_bpd"]
     assert base["injection"]["199"] > 0.9 and base["inception_score"] >= 1
     assert [point["step"] for point in unlearned["relearning"]] == [0, 1, 2] and "relearning" not in base
-    assert base["text_noise_norm"] is None and "no text" in content["settings"]["skipped"]["text_noise_norm"]
+    assert (
+        unlearned["drift"] > 0
+        and base["text_noise_norm"] is None
+        and "no text" in content["settings"]["skipped"]["text_noise_norm"]
+    )
 
 
 def test_results_do_not_depend_on_the_batch_size_beyond_rounding(captioned, adapter, cache_dir, tmp_path):

@@ -90,7 +90,13 @@ def evaluation() -> dict:
     """Of a Stable Diffusion model, as `siss evaluate` writes it."""
     shared = {"inception_score": 3.117, "inception_score_std": 0.213, "fid": 31.25, "kid": 0.01234, "kid_std": 0.0021}
     shared |= {"precision": 0.5, "recall": 0.402, "coverage": 0.707, "density": 1.017, "clip_iqa": 0.613}
-    shared |= {"clip_score": 24.3, "nll_keep_bpd": 4.218, "ordinary_copy_share": 0.0, "classifier_accuracy": 0.936}
+    shared |= {
+        "clip_score": 24.3,
+        "nll_keep_bpd": 4.218,
+        "ordinary_copy_share": 0.0,
+        "drift": 0.25,
+        "classifier_accuracy": 0.936,
+    }
     base = shared | model(221 / 256, 0.8159, 0.9000)
     base |= {"copy_share_by_detector": {"pixel_l2": 0.851, "correlation": 0.863}, "others": 35, "sscd_forget": 0.812}
     base |= {"others_distance_to_keep": 6.81, "others_sharpness": 0.97, "nll_forget_bpd": 1.502}
@@ -188,7 +194,7 @@ def test_every_metric_has_a_row_with_its_figure_and_an_explanation(report):
     expected |= {"inception_score": "3.117 ± 0.213", "kid": "0.01234 ± 0.0021", "precision": "50.0 %"}
     expected |= {"recall": "40.2 %", "coverage": "70.7 %", "density": "1.017", "nll_forget_bpd": "1.502"}
     expected |= {"nll_keep_bpd": "4.218", "sscd_forget": "0.8120", "clip_iqa": "0.6130", "clip_score": "24.30"}
-    expected |= {"text_noise_norm": "7.310", "ordinary_copy_share": "0.0 %"}
+    expected |= {"text_noise_norm": "7.310", "ordinary_copy_share": "0.0 %", "drift": "0.2500"}
     assert expected.keys() == METRICS.keys()
     for key, figure in expected.items():
         metric = METRICS[key]
