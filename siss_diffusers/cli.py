@@ -2,6 +2,9 @@
 
 from importlib.util import find_spec
 
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
 from siss_diffusers import audit, curate, evaluate
 from siss_diffusers.arguments import Parser
 from siss_diffusers.errors import UsageError, run
@@ -23,6 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     for package, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("scipy", "scipy")):
         if find_spec(package) is None:
             raise UsageError(f"`siss {args.command}` needs {name}: pip install 'siss_diffusers[eval]'")
+    # The state of all processes is made here, for it does not read by itself whether the launcher wants CPUs.
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     COMMANDS[args.command].main(args)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import TINY_MODEL, run_siss, siss_error, write_images
 from diffusers import StableDiffusionPipeline
+from test_train_siss_unconditional import launch
 
 import siss_diffusers
 from siss_diffusers.assets.captioned import (
@@ -166,6 +168,36 @@ def test_results_do_not_depend_on_the_batch_size_beyond_rounding(captioned, adap
         assert first["copy_share"] == second["copy_share"]
         assert first["text_noise_norm"] == pytest.approx(second["text_noise_norm"], rel=1e-4)
         assert first["others_distance_to_keep"] == pytest.approx(second["others_distance_to_keep"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_changes_nothing(captioned, adapter, cache_dir, tmp_path):
+    """All three commands, as `accelerate launch -m siss_diffusers` runs them."""
+    found = {}
+    for processes, port in ((1, "29573"), (2, "29574")):
+        folder = tmp_path / str(processes)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        torchrun += ["--master_port", port, "-m", "siss_diffusers"]
+        sampling = ("--num_inference_steps", "8", "--guidance_scale", "3", "--batch_size", "8")
+        model = ("--pretrained_model_name_or_path", str(TINY_SD))
+        prompts = ("--prompts", FLOWER_CAPTION)
+        more = [str(argument) for argument in (*DIGIT_CAPTIONS[:2], "--num_samples", 3)]
+        audit = ("audit", *model, *prompts, *more, "--output_dir", str(folder / "audit"), *sampling)
+        launch([*torchrun, *audit], ACCELERATE_USE_CPU="true")
+        curate = ("curate", *model, *prompts, "--num_images", "20", "--output_dir", str(folder / "curate"), *sampling)
+        launch([*torchrun, *curate], ACCELERATE_USE_CPU="true")
+        evaluate = sd_flags(folder / "evaluate", captioned, adapter, cache_dir, "--batch_size", "4")
+        launch([*torchrun, *evaluate, "--relearning_steps", "1"], ACCELERATE_USE_CPU="true")
+        evaluation = json.loads((folder / "evaluate" / "evaluation.json").read_text())
+        del evaluation["settings"]["seconds"]
+        pictures = sorted((folder / "curate" / "images").glob("*.png"))
+        found[processes] = (
+            json.loads((folder / "audit" / "audit.json").read_text()),
+            (folder / "curate" / "images" / "metadata.jsonl").read_text(),
+            [file.read_bytes() for file in pictures],
+            evaluation,
+        )
+    assert len(found[1][2]) == 20 and found[1] == found[2]
 
 
 @pytest.mark.parametrize(
