@@ -145,7 +145,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"Layers that get an adapter; default: {' '.join(ATTENTION_PROJECTIONS)}.",
     )
 
-    add_unlearning_arguments(parser)
+    add_unlearning_arguments(parser, calibrate_by_default=True)
     validation = parser.add_argument_group("validation")
     validation.add_argument(
         "--validation_epochs", type=positive_int, default=None, help="Validate every so many passes over the keep set."
@@ -279,7 +279,7 @@ def vae_encoder(vae: AutoencoderKL):
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_training_arguments(args)
-    method, rule = check_unlearning_arguments(args)
+    method, rule = check_unlearning_arguments(args, calibrate_by_default=True)
     output_dir = Path(args.output_dir)
     check_output_dir(args)
     unet_config, vae_config = load_configs(args)

@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--preserve_input_precision", action="store_true", help="Do not round 16-bit images to 8 bits."
     )
-    add_unlearning_arguments(parser)
+    add_unlearning_arguments(parser, calibrate_by_default=False)
     args = parser.parse_args(argv)
 
     if args.max_train_steps is not None and args.num_epochs is not None:
@@ -164,7 +164,7 @@ def check_model_config(args: argparse.Namespace, config: dict) -> int:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_training_arguments(args)
-    method, rule = check_unlearning_arguments(args)
+    method, rule = check_unlearning_arguments(args, calibrate_by_default=False)
     output_dir = Path(args.output_dir)
     check_output_dir(args)
     model_config = load_model_config(args)

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 
-from siss_diffusers.calibration import DEFAULT_QUANTILE
+from siss_diffusers.calibration import CALIBRATED_SCALE, DEFAULT_QUANTILE
 from siss_diffusers.combine import DEFAULT_SCALE, FORGET_SCALINGS, Rule, scaling_rule
 from siss_diffusers.errors import UsageError
 from siss_diffusers.methods import METHODS, Method, make_method
@@ -63,6 +63,10 @@ def unit_float(text: str) -> float:
     if value > 1:
         raise argparse.ArgumentTypeError(f"must lie in [0, 1], not {text}")
     return value
+
+
+def quantile_or_off(text: str) -> float | str:
+    return text if text == "off" else unit_float(text)
 
 
 def add_training_arguments(
@@ -215,7 +219,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag} needs `pip install {package}`")
 
 
-def add_unlearning_arguments(parser: argparse.ArgumentParser) -> None:
+def add_unlearning_arguments(parser: argparse.ArgumentParser, *, calibrate_by_default: bool) -> None:
     """Section "unlearning" of `--help`."""
     group = parser.add_argument_group("unlearning")
     listed = "; ".join(
@@ -250,18 +254,23 @@ def add_unlearning_arguments(parser: argparse.ArgumentParser) -> None:
         type=non_negative_float,
         default=None,
         metavar="F",
-        help="F of --forget_scaling; 0.1 for relative and fixed, required for norm.",
+        help=(
+            "F of --forget_scaling. Default: 0.1 for fixed, for relative 1 with --calibrate_forgetting and 0.1 without;"
+            " required for norm."
+        ),
     )
+    by_default = f"on, at {DEFAULT_QUANTILE}, under --forget_scaling relative" if calibrate_by_default else "off"
     group.add_argument(
         "--calibrate_forgetting",
-        type=unit_float,
+        type=quantile_or_off,
         nargs="?",
         const=DEFAULT_QUANTILE,
         default=None,
         metavar="QUANTILE",
         help=(
-            "Push a forget image only until its loss reaches this quantile (default 0.5) of the losses that the"
-            " starting model has on images to keep, at the same noise level."
+            f"Push a forget image only until its loss reaches this quantile ({DEFAULT_QUANTILE} if not given) of the"
+            " losses that the starting model has on images to keep, at the same noise level; or `off`. Default:"
+            f" {by_default}."
         ),
     )
     add_forget_set_arguments(group)
@@ -314,8 +323,8 @@ def add_forget_set_arguments(group: argparse._ActionsContainer) -> None:
     )
 
 
-def check_unlearning_arguments(args: argparse.Namespace) -> tuple[Method, Rule]:
-    """The method and the rule that the arguments mean; fills in the defaults of the scaling rule.
+def check_unlearning_arguments(args: argparse.Namespace, *, calibrate_by_default: bool) -> tuple[Method, Rule]:
+    """The method and the rule that the arguments mean; fills in the defaults of the scaling rule and of calibration.
 
     Raises:
         UsageError: naming the flag, for anything that cannot be used.
@@ -331,8 +340,13 @@ def check_unlearning_arguments(args: argparse.Namespace) -> tuple[Method, Rule]:
         )
     if method.takes_scaling:
         args.forget_scaling = args.forget_scaling or "relative"
-        if args.forget_scale is None and args.forget_scaling in ("relative", "fixed"):
-            args.forget_scale = DEFAULT_SCALE
+        if calibrate_by_default and args.calibrate_forgetting is None and args.forget_scaling == "relative":
+            args.calibrate_forgetting = DEFAULT_QUANTILE
+    if args.calibrate_forgetting == "off":
+        args.calibrate_forgetting = None
+    if method.takes_scaling and args.forget_scale is None and args.forget_scaling in ("relative", "fixed"):
+        calibrated = args.forget_scaling == "relative" and args.calibrate_forgetting is not None
+        args.forget_scale = CALIBRATED_SCALE if calibrated else DEFAULT_SCALE
     try:
         scaling = scaling_rule(args.forget_scaling or "relative", args.forget_scale)
     except ValueError as error:

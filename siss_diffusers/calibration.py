@@ -16,7 +16,9 @@ from siss_diffusers.noising import GaussianPath
 
 NUM_BINS = 20
 DRAWS_PER_BIN = 32
-DEFAULT_QUANTILE = 0.5
+DEFAULT_QUANTILE = 0.75
+# Of the rule `relative`: the push fades by itself, so it may be as strong as what it is subtracted from.
+CALIBRATED_SCALE = 1.0
 
 
 def calibration_draws(seed: int, num_images: int, timestep_range: tuple[int, int], index: int) -> tuple:
@@ -47,7 +49,7 @@ def loss_thresholds(
         timesteps: `(N,)` int64.
         timestep_range: `(lo, hi)` of the training; timesteps outside have no threshold (infinity).
         num_timesteps: T.
-        quantile: in [0, 1]; the default elsewhere is the median.
+        quantile: in [0, 1].
 
     Returns:
         `(T,)` float32.

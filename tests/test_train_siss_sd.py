@@ -16,9 +16,10 @@ from test_train_siss_unconditional import ROOT, assert_same_gradients, launch, r
 from tiny_sd import save_pipeline
 
 from siss_diffusers import METHODS
+from siss_diffusers.arguments import check_unlearning_arguments
 from siss_diffusers.assets.captioned import captioned_images
 from siss_diffusers.checkpoints import write_json
-from train_siss_sd import main
+from train_siss_sd import main, parse_args
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -74,6 +75,7 @@ def full_args(model, captioned_folder, cache_dir, tmp_path) -> dict[str, str | N
         "--train_batch_size": "4",
         "--learning_rate": "1e-3",
         "--report_to": "none",
+        "--calibrate_forgetting": "off",  # it takes longer than these runs; the tests that are about it ask for it
     }
 
 
@@ -287,6 +289,26 @@ def test_two_processes_equal_one(lora_args, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29572"]
     launch([*torchrun, str(ROOT / "train_siss_sd.py"), *to_argv(two)], ACCELERATE_USE_CPU="true")
     assert_same_gradients(read_log(tmp_path / "out"), read_log(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "quantile", "scale"),
+    [
+        ({}, 0.75, 1.0),
+        ({"--calibrate_forgetting": "off"}, None, 0.1),
+        ({"--calibrate_forgetting": "0.9", "--forget_scale": "0.3"}, 0.9, 0.3),
+        ({"--forget_scaling": "fixed"}, None, 0.1),
+        ({"--forget_scaling": "norm", "--forget_scale": "5"}, None, 5.0),
+        ({"--method": "subscore_bernoulli"}, 0.75, 1.0),
+        ({"--method": "retrack"}, None, None),
+        ({"--method": "neggrad"}, None, None),
+    ],
+)
+def test_forgetting_is_calibrated_by_default_under_the_relative_rule(flags, quantile, scale, full_args):
+    del full_args["--calibrate_forgetting"]
+    args = parse_args(to_argv(full_args | flags))
+    check_unlearning_arguments(args, calibrate_by_default=True)
+    assert (args.calibrate_forgetting, args.forget_scale) == (quantile, scale)
 
 
 @pytest.mark.slow
