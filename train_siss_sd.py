@@ -54,7 +54,7 @@ from siss_diffusers.lora import ATTENTION_PROJECTIONS, LORA_FILE, add_lora, chec
 from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES, CopyDetectors, copy_statistics, for_detectors
 from siss_diffusers.metrics.sampling import sample_prompts
 from siss_diffusers.noising import min_snr_weight
-from siss_diffusers.pipelines import check_stable_diffusion
+from siss_diffusers.pipelines import check_stable_diffusion, choose_resolution
 from siss_diffusers.receipt import write_receipt
 from siss_diffusers.training import (
     StepLog,
@@ -218,19 +218,6 @@ def load_configs(args: argparse.Namespace) -> tuple[dict, dict]:
     return unet_config, vae_config
 
 
-def choose_resolution(args: argparse.Namespace, unet_config: dict, vae_config: dict) -> int:
-    """The side of the pictures in pixels.
-
-    Raises:
-        UsageError: for one that the VAE cannot halve as often as it has to.
-    """
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    resolution = args.resolution or unet_config["sample_size"] * factor
-    if resolution % factor != 0:
-        raise UsageError(f"--resolution {resolution} cannot be used: this model takes multiples of {factor}")
-    return resolution
-
-
 class Prompts:
     """Numbers prompts by their token ids, so that two spellings of the same tokens are the same condition."""
 
@@ -283,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     check_output_dir(args)
     unet_config, vae_config = load_configs(args)
-    resolution = choose_resolution(args, unet_config, vae_config)
+    resolution = choose_resolution(args.resolution, unet_config, vae_config)
     if args.use_lora:
         check_target_modules(unet_config, args.lora_target_modules)
 

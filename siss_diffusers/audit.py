@@ -8,24 +8,29 @@ match among them. A prompt is flagged where it exceeds every one of the ordinary
 import argparse
 import csv
 import json
+from math import inf, isfinite
 from pathlib import Path
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from siss_diffusers.arguments import positive_int
 from siss_diffusers.checkpoints import write_json
+from siss_diffusers.data import ImageTransform
 from siss_diffusers.errors import UsageError
-from siss_diffusers.metrics.copies import correlation
+from siss_diffusers.metrics.copies import correlation, for_detectors
 from siss_diffusers.metrics.noise_norm import TextNoiseNorms, first_noise_norm, mean_noise_norm
 from siss_diffusers.noising import GaussianPath
 from siss_diffusers.pipelines import (
     add_sampling_arguments,
+    check_stable_diffusion,
+    load_resolution,
     load_stable_diffusion,
     on_all_processes,
     read_prompts,
     sample_batch,
+    warn_of_long_prompts,
 )
 
 
@@ -94,25 +99,25 @@ def read_captions(args: argparse.Namespace) -> list[str]:
     return [caption for caption in rows[args.caption_column] if isinstance(caption, str)]
 
 
-def load_training_images(folder: str, size: tuple[int, int]) -> tuple[list[str], Tensor]:
-    """File names within the folder and pictures `(N, 3, H, W)` in [0, 1].
+def load_training_images(folder: str, side: int) -> tuple[list[str], Tensor]:
+    """File names within the folder, and pictures `(N, 3, H, W)` in [0, 1] as training would see them, at the size at
+    which copies are looked for.
 
     Raises:
         UsageError: for a folder without images, or one that cannot be read.
     """
-    from PIL import Image
-    from torchvision.transforms.functional import to_tensor
-
     suffixes = set(Image.registered_extensions())
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in suffixes)
     if not files:
         raise UsageError(f"--train_data_dir: no images in {folder}")
+    transform = ImageTransform(channels=3, resolution=side, center_crop=True, random_flip=False)
     pictures = []
     for file in files:
         try:
             with Image.open(file) as image:
-                pictures.append(to_tensor(image.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)))
-        except (OSError, SyntaxError, ValueError) as error:
+                image.load()
+                pictures.append(for_detectors(transform(image)[None] / 2 + 0.5)[0])
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UsageError(f"--train_data_dir: cannot read {file} ({error}); repair or remove it")
     return [file.relative_to(folder).as_posix() for file in files], torch.stack(pictures)
 
@@ -145,9 +150,11 @@ def measure(pipeline, prompt: str, args: argparse.Namespace, training: tuple[lis
     if training is not None:
         names, pictures = training
         # Of each training image the sample that is most like it.
-        likeness = torch.stack([correlation(images, picture[None]).max() for picture in pictures])
+        small = for_detectors(images)
+        likeness = torch.stack([correlation(small, picture[None]).max() for picture in pictures])
         found |= {"best_match": likeness.max().item(), "best_match_file": names[int(likeness.argmax())]}
-    return found
+    # Half precision overflows; what is no number is no ground for suspicion either.
+    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in found.items()}
 
 
 def flag(rows: list[dict], ordinary: list[dict]) -> None:
@@ -157,9 +164,9 @@ def flag(rows: list[dict], ordinary: list[dict]) -> None:
         row["p_values"] = {}
         for name in MEASURES:
             if row.get(name) is not None:
-                reached = sum(other[name] >= row[name] for other in ordinary)
+                reached = sum(other[name] is not None and other[name] >= row[name] for other in ordinary)
                 row["p_values"][name] = (1 + reached) / (1 + len(ordinary))
-        row["flagged"] = bool(ordinary) and min(row["p_values"].values()) == 1 / (1 + len(ordinary))
+        row["flagged"] = bool(ordinary) and min(row["p_values"].values(), default=1) == 1 / (1 + len(ordinary))
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
@@ -234,12 +241,16 @@ def main(args: argparse.Namespace) -> None:
     settings = check_settings(args, output_dir)
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
         raise UsageError(f"--train_data_dir: no folder {args.train_data_dir}")
+    check_stable_diffusion(
+        args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", cache_dir=args.cache_dir
+    )
+    side = load_resolution(args, args.pretrained_model_name_or_path)
+    training = None if args.train_data_dir is None else load_training_images(args.train_data_dir, side)
     state = PartialState()
     pipeline = load_stable_diffusion(
         args, args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", args.adapter
     )
-    side = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    training = None if args.train_data_dir is None else load_training_images(args.train_data_dir, (side, side))
+    warn_of_long_prompts(pipeline, [*prompts, *ordinary_prompts])
     if state.is_main_process:
         for name in ("prompts", "samples"):
             (output_dir / name).mkdir(parents=True, exist_ok=True)
@@ -269,7 +280,7 @@ def main(args: argparse.Namespace) -> None:
     rows = found[: len(prompts)]
     ordinary = [row for row in found if row["prompt"] in set(ordinary_prompts)]
     flag(rows, ordinary)
-    rows.sort(key=lambda row: -(row[args.rank_by] if row[args.rank_by] is not None else -np.inf))
+    rows.sort(key=lambda row: -(row[args.rank_by] if row[args.rank_by] is not None else -inf))
     for rank, row in enumerate(rows, start=1):
         row["rank"] = rank
     write_table(output_dir / "audit.csv", rows)
@@ -280,11 +291,11 @@ def main(args: argparse.Namespace) -> None:
 
 def print_table(rows: list[dict], ordinary: list[dict], args: argparse.Namespace) -> None:
     """The first twenty; without the prompts unless asked, for they may be what has to be forgotten."""
-    measures = [name for name in MEASURES if rows[0].get(name) is not None]
+    measures = [name for name in MEASURES if any(row.get(name) is not None for row in rows)]
     print(f"\n{'rank':>4} {'prompt':>8} {'':7}" + "".join(f"{name:>18}" for name in measures))
 
     def figures(row: dict) -> str:
-        return "".join(f"{row[name]:18.3f}" for name in measures)
+        return "".join(f"{'-' if row[name] is None else format(row[name], '.3f'):>18}" for name in measures)
 
     for row in rows[:20]:
         mark = "flagged" if row["flagged"] else ""
@@ -293,7 +304,9 @@ def print_table(rows: list[dict], ordinary: list[dict], args: argparse.Namespace
     if len(rows) > 20:
         print(f"... and {len(rows) - 20} more")
     if ordinary:
-        highest = {name: max(row[name] for row in ordinary) for name in measures}
+        highest = {
+            name: max((row[name] for row in ordinary if row[name] is not None), default=None) for name in measures
+        }
         print(f"{'':4} {'highest of ' + str(len(ordinary)) + ' ordinary':16}{figures(highest)}")
         print(
             f"\n{sum(row['flagged'] for row in rows)} of {len(rows)} prompts exceed all {len(ordinary)} ordinary prompts"

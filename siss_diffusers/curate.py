@@ -21,10 +21,13 @@ from siss_diffusers.metrics.clusters import memorized_cluster, split_clusters
 from siss_diffusers.metrics.features import extract, load_torchscript, pixel_features
 from siss_diffusers.pipelines import (
     add_sampling_arguments,
+    check_stable_diffusion,
+    load_resolution,
     load_stable_diffusion,
     on_all_processes,
     read_prompts,
     sample_batch,
+    warn_of_long_prompts,
 )
 
 
@@ -62,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.25,
         help="Refuse a prompt whose clusters have a mean silhouette below this; default: 0.25.",
     )
+    parser.add_argument("--cache_dir", help="Where downloaded models are kept.")
     correct = parser.add_argument_group("correcting a folder by hand")
     correct.add_argument("--flip", nargs="+", metavar="FILE", help="Exchange keep and forget for these files.")
     correct.add_argument(
@@ -102,7 +106,7 @@ def read_metadata(folder: Path) -> list[dict]:
     file = folder / "metadata.jsonl"
     if not file.exists():
         raise UsageError(f"--output_dir: no metadata.jsonl in {folder}; run `siss curate` with --prompts first")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_metadata(folder: Path, rows: list[dict]) -> None:
@@ -202,7 +206,9 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[str], dict]:
             raise UsageError(
                 f"--output_dir: {args.output_dir} is curated already; correct it by --flip and --move, or name another"
             )
-    elif Path(args.output_dir).exists() and any(Path(args.output_dir).iterdir()):
+    elif Path(args.output_dir).exists() and (
+        not Path(args.output_dir).is_dir() or any(Path(args.output_dir).iterdir())
+    ):
         raise UsageError(f"--output_dir: {args.output_dir} is not empty and holds no curation; name another folder")
     return prompts, settings
 
@@ -217,9 +223,13 @@ def main(args: argparse.Namespace) -> None:
     extractor = None
     if args.feature_extractor is not None:
         extractor = load_torchscript(args.feature_extractor, "--feature_extractor")
+    name, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
+    check_stable_diffusion(name, flag, cache_dir=args.cache_dir)
+    load_resolution(args, name)
     output_dir, state = Path(args.output_dir), PartialState()
     samples_dir, images_dir = output_dir / "samples", output_dir / "images"
-    pipeline = load_stable_diffusion(args, args.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+    pipeline = load_stable_diffusion(args, name, flag)
+    warn_of_long_prompts(pipeline, prompts)
     if state.is_main_process:
         for folder in (samples_dir, images_dir):
             folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +269,9 @@ def main(args: argparse.Namespace) -> None:
         pictures = torch.stack([load_picture(samples_dir / name, "--output_dir") for name in names])
         features = features_of(pictures)
         labels, silhouette = split_clusters(features, args.num_clusters, args.seed)
-        separated = silhouette is not None and silhouette >= args.min_silhouette
+        # Where all clusters but one are single pictures, k-means has only set outliers apart.
+        sizes = labels.bincount()
+        separated = silhouette is not None and silhouette >= args.min_silhouette and int((sizes > 1).sum()) > 1
         report = {"prompt": prompt, "silhouette": silhouette, "separated": separated, "forget": 0, "keep": 0}
         if separated:
             reference_features = None
@@ -295,8 +307,8 @@ def print_reports(reports: list[dict], args: argparse.Namespace) -> None:
             print(f"prompt {index}: {report['forget']} to forget, {report['keep']} to keep, silhouette {silhouette}")
         else:
             print(
-                f"prompt {index}: its samples do not fall into clusters (silhouette {silhouette}, below"
-                f" --min_silhouette {args.min_silhouette}); nothing is marked. They are in {output_dir / 'samples'}; a"
+                f"prompt {index}: its samples do not fall into clusters (silhouette {silhouette}, --min_silhouette"
+                f" {args.min_silhouette}), or all are the same picture; nothing is marked. They are in {output_dir / 'samples'}; a"
                 " --feature_extractor may separate what pixels do not."
             )
     if not any(report["separated"] for report in reports):

@@ -6,7 +6,9 @@ means and how far it can be trusted.
 """
 
 import argparse
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -52,17 +54,27 @@ from siss_diffusers.pipelines import (
     add_sampling_arguments,
     encode,
     load_pipeline_class,
+    load_resolution,
     load_stable_diffusion,
     on_all_processes,
     read_prompts,
+    warn_of_long_prompts,
 )
 from siss_diffusers.report import write_report
 
 
 INJECTION_TIMES, INJECTION_DRAWS = (0.2, 0.4, 0.6, 0.8), 4  # times as shares of the schedule
+MAX_DAMAGED, MAX_ORDINARY_PROMPTS = 16, 64
+NOISE_SEED = 2**32
 MIN_SILHOUETTE = 0.25  # below, k-means has split what is one cluster
-RELEARNING_POINTS = 4
+RELEARNING_POINTS, RELEARNING_BATCH = 4, 16
+DISTRIBUTION_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
+MIN_DISTRIBUTION = 6  # of which density and coverage take five neighbours
+TOO_FEW = "too few samples that are no copies, or too few images to keep to compare them with"
 GRID_COLUMNS, GRID_SAMPLES = 16, 64
+OF_STABLE_DIFFUSION = (
+    *("resolution", "dtype", "guidance_scale", "num_ordinary_samples", "paraphrases_file", "prompt_noise"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,12 +186,10 @@ class Detectors:
 
     def add_clusters(self, samples: Tensor, keep: Tensor) -> str | None:
         """k-means on the base's samples, as in the SISS paper; the reason where it cannot tell copies from the rest."""
-        if len(self.base.references) > 1:
-            return "there are several forget images, and two clusters cannot tell them from the rest"
         features = pixel_features(for_detectors(samples))
-        clusters = CopyCluster.fit(features, pixel_features(self.base.references)[0], seed=self.args.seed)
+        clusters = CopyCluster.fit(features, pixel_features(self.base.references), seed=self.args.seed)
         if clusters is None or clusters.silhouette < MIN_SILHOUETTE:
-            return "the base's samples do not fall into two clusters"
+            return "the base's samples do not fall into two clusters, one of them that of the forget images"
         flagged = clusters.flags(pixel_features(for_detectors(keep))).float().mean().item()
         if flagged > 0:
             return f"the memorized cluster also takes {100 * flagged:.1f} % of the images to keep"
@@ -198,9 +208,10 @@ class Detectors:
         return flags | {"any": torch.stack(list(flags.values())).any(0)}
 
     def damage_table(self, references: Tensor) -> dict[str, dict[str, float]]:
-        """For each detector and kind of damage the share of damaged forget images that it still flags."""
+        """For each detector and kind of damage the share of damaged forget images that it still flags; of the first
+        `MAX_DAMAGED`."""
         caught: dict[str, dict[str, list]] = {}
-        for index, reference in enumerate(references):
+        for index, reference in enumerate(references[:MAX_DAMAGED]):
             for damage, image in {"none": reference, **damaged(reference, self.args.seed + index)}.items():
                 for name, flag in self.flags(image[None]).items():
                     caught.setdefault(name, {}).setdefault(damage, []).append(bool(flag))
@@ -216,18 +227,17 @@ class Model:
 
     def __init__(self, args: argparse.Namespace, keep: Images, forget: Images, alike: Sequence[int]) -> None:
         self.args = args
-        self.references = load_unique(forget)
-        generator = np.random.default_rng(args.seed)
-        chosen = generator.permutation(list(alike))[:MAX_KEEP_IMAGES]
-        self.keep = torch.stack([keep.load(int(index)) for index in chosen]) / 2 + 0.5
+        self.reference_indices = unique_images(forget)
+        self.references = load_pictures(forget, self.reference_indices)
+        self.keep_indices = np.random.default_rng(args.seed).permutation(list(alike))[:MAX_KEEP_IMAGES].tolist()
+        self.keep = load_pictures(keep, self.keep_indices)
         self.detectors = Detectors(self.references, self.keep, args)
         self.skipped: dict[str, str] = {}
         self.extractor = self.classifier = None
         if args.feature_extractor is not None:
             self.extractor = load_torchscript(args.feature_extractor, "--feature_extractor").to(PartialState().device)
         else:
-            for name in ("fid", "kid", "precision", "recall", "density", "coverage"):
-                self.skipped[name] = "needs --feature_extractor, a TorchScript file"
+            self.skipped |= dict.fromkeys(DISTRIBUTION_METRICS, "needs --feature_extractor, a TorchScript file")
         if args.classifier is not None:
             self.classifier = load_torchscript(args.classifier, "--classifier").to(PartialState().device)
         else:
@@ -254,38 +264,52 @@ class Model:
             found["sscd_forget"] = self.detectors.similarity(images).mean().item()
         return found
 
-    def distribution(self, images: Tensor, reference: Tensor) -> dict:
-        """How the samples that are no copies lie to the images to keep, in the features of --feature_extractor."""
-        found = {}
-        if self.classifier is not None and len(images):
-            logits = extract(
-                self.classifier,
-                images,
-                size=self.args.classifier_size,
-                batch_size=self.args.batch_size,
-                flag="--classifier",
-                normalize=False,
-            )
-            found["inception_score"], found["inception_score_std"] = inception_score(logits.softmax(1))
-        if self.extractor is not None and min(len(images), len(reference)) > 5:
-            real, fake = (
-                extract(
-                    self.extractor,
-                    pictures,
-                    size=self.args.feature_size,
-                    batch_size=self.args.batch_size,
-                    flag="--feature_extractor",
+    def distribution(self, images: Tensor, reference: Tensor | None) -> dict:
+        """How samples that are no copies lie to images to keep, in the features of --feature_extractor; the inception
+        score by --classifier."""
+        args, found = self.args, {}
+        if self.classifier is not None:
+            if len(images) == 0:
+                self.skipped["inception_score"] = TOO_FEW
+            else:
+                logits = extract(
+                    self.classifier,
+                    images,
+                    size=args.classifier_size,
+                    batch_size=args.batch_size,
+                    flag="--classifier",
+                    normalize=False,
                 )
-                for pictures in (reference, images)
-            )
-            found["fid"], found["kid"] = frechet_distance(real, fake), kernel_distance(real, fake)
-            found["precision"], found["recall"] = precision_recall(real, fake)
-            found["density"], found["coverage"] = density_coverage(real, fake)
+                score, spread = inception_score(logits.softmax(1), splits=min(10, len(images)))
+                found |= {"inception_score": score, "inception_score_std": spread}
+        if self.extractor is not None:
+            if reference is None or min(len(images), len(reference)) < MIN_DISTRIBUTION:
+                self.skipped |= dict.fromkeys(DISTRIBUTION_METRICS, TOO_FEW)
+            else:
+                real, fake = (
+                    extract(
+                        self.extractor,
+                        pictures,
+                        size=args.feature_size,
+                        batch_size=args.batch_size,
+                        flag="--feature_extractor",
+                    )
+                    for pictures in (reference, images)
+                )
+                found |= {"fid": frechet_distance(real, fake), "kid": kernel_distance(real, fake)}
+                found["precision"], found["recall"] = precision_recall(real, fake)
+                found["density"], found["coverage"] = density_coverage(real, fake)
         return found
 
-    def injections(self, path: GaussianPath, clean: Tensor, predict: Callable, decode: Callable) -> dict[str, float]:
-        """Correlation of each forget image with what the model makes of a noised version of it, mean over draws."""
-        found, references = {}, for_detectors(self.references)
+    def injections(
+        self, path: GaussianPath, clean: Tensor, predict: Callable, decode: Callable, references: Tensor
+    ) -> dict[str, list[float]]:
+        """Correlation of each forget image with what the model makes of a noised version of it, by timestep.
+
+        Args:
+            clean: the forget images as the network sees them; `references` as they are compared.
+        """
+        found, references = {}, for_detectors(references)
         grid = torch.linspace(0, len(path) - 1, self.args.num_inference_steps).long().tolist()
         for share in INJECTION_TIMES:
             index = int(share * (len(path) - 1))
@@ -299,12 +323,11 @@ class Model:
                 batch_size=self.args.batch_size,
                 seed=self.args.seed,
             )
-            likeness = [
+            found[str(int(path.model_timesteps[index]))] = [
                 correlation(picture[None], reference[None]).item()
                 for draw in denoised
                 for picture, reference in zip(for_detectors(decode(draw)), references)
             ]
-            found[str(int(path.model_timesteps[index]))] = float(np.mean(likeness))
         return found
 
     def relearn(self, unet, path: GaussianPath, clean: Tensor, predict: Callable, sample: Callable) -> list[dict]:
@@ -312,10 +335,11 @@ class Model:
 
         Args:
             clean: `(N, ...)`, the neighbours as the network sees them.
-            predict: `(noisy, indices) -> output`.
+            predict: `(noisy, indices into the path, rows of clean) -> output`.
             sample: pictures from the network as it is now.
         """
         args, points = self.args, []
+        batch_size = min(RELEARNING_BATCH, args.batch_size)
         every = max(args.relearning_steps // RELEARNING_POINTS, 1)
         generator = torch.Generator().manual_seed(args.seed)
         unet.requires_grad_(True).train()
@@ -324,12 +348,12 @@ class Model:
             if step % every == 0:
                 points.append({"step": step} | copy_statistics(self.detectors.flags(sample())))
             if step < args.relearning_steps:
-                rows = torch.randint(len(clean), (16,), generator=generator)
-                indices = torch.randint(len(path), (16,), generator=generator)
+                rows = torch.randint(len(clean), (batch_size,), generator=generator)
+                indices = torch.randint(len(path), (batch_size,), generator=generator)
                 batch = clean[rows].cpu()
                 noise = torch.randn(batch.shape, generator=generator)
                 noisy, target = path.add_noise(batch, noise, indices), path.target(batch, noise, indices)
-                output = predict(noisy.to(unet.device), indices)
+                output = predict(noisy.to(unet.device), indices, rows)
                 F.mse_loss(output.float(), target.to(output.device)).backward()
                 torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
                 optimizer.step()
@@ -337,15 +361,20 @@ class Model:
         return points
 
     def neighbors(self, count: int = 64) -> Tensor:
-        """The keep images nearest to any forget image, `(N, C, H, W)` in [0, 1]."""
+        """Rows of `keep` that are nearest to any forget image."""
         distance = pixel_l2(for_detectors(self.keep), for_detectors(self.references))
-        return self.keep[distance.argsort()[:count]]
+        return distance.argsort()[:count]
 
 
-def load_unique(images: Images) -> Tensor:
+def unique_images(images: Images) -> list[int]:
     """Different pictures only, in their order: a memorized image is often in the forget set many times."""
     found = {images.digest(index): index for index in reversed(range(len(images)))}
-    return torch.stack([images.load(index) for index in sorted(found.values())]) / 2 + 0.5
+    return sorted(found.values())
+
+
+def load_pictures(images: Images, indices: Sequence[int]) -> Tensor:
+    """`(N, C, H, W)` in [0, 1]."""
+    return torch.stack([images.load(int(index)) for index in indices]) / 2 + 0.5
 
 
 class Unconditional(Model):
@@ -396,21 +425,30 @@ class Unconditional(Model):
         pipeline.unet.eval()
         chosen = self.keep[: args.num_likelihood_images]
         pictures = torch.cat([self.references, chosen]).mul(255).round() / 255
-        bits = bits_per_dimension(pictures.to(device), path.to(device), predict, seed=args.seed)
+        bits = bits_per_dimension(
+            pictures.to(device), path.to(device), predict, batch_size=args.batch_size, seed=args.seed
+        )
         found["nll_forget_bpd"] = bits[: len(self.references)].mean().item()
         found["nll_keep_bpd"] = bits[len(self.references) :].mean().item() if len(chosen) else None
-        found["injection"] = self.injections(
-            path.to(device), (self.references * 2 - 1).to(device), predict, lambda draw: draw.cpu() / 2 + 0.5
+        if not len(chosen):
+            self.skipped["nll_keep_bpd"] = "asked for by --num_likelihood_images"
+        likeness = self.injections(
+            path.to(device),
+            (self.references * 2 - 1).to(device),
+            predict,
+            lambda draw: draw.cpu() / 2 + 0.5,
+            self.references,
         )
+        found["injection"] = {timestep: float(np.mean(values)) for timestep, values in likeness.items()}
         if args.relearning_steps and name != "base":
 
-            def predict_indexed(noisy: Tensor, indices: Tensor) -> Tensor:
+            def predict_indexed(noisy: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
                 return predict(noisy, path.model_timesteps[indices].to(device))
 
             found["relearning"] = self.relearn(
                 pipeline.unet,
                 path,
-                self.neighbors() * 2 - 1,
+                self.keep[self.neighbors()] * 2 - 1,
                 predict_indexed,
                 lambda: self.sample(pipeline, args.num_relearning_samples),
             )
@@ -421,16 +459,25 @@ class StableDiffusion(Model):
     """`StableDiffusionPipeline`s, and adapters for the base."""
 
     def __init__(self, args: argparse.Namespace, keep: Images, forget: Images) -> None:
-        self.prompts = sorted(set(load_captions(forget, args.caption_column)))
+        forget_captions = load_captions(forget, args.caption_column)
         captions = load_captions(keep, args.caption_column)
-        alike = [index for index, caption in enumerate(captions) if caption in set(self.prompts)]
+        self.prompts = sorted(set(forget_captions))
+        if args.num_samples < len(self.prompts):
+            raise UsageError(f"--num_samples must be at least {len(self.prompts)}, the prompts of the forget images")
+        number = {prompt: index for index, prompt in enumerate(self.prompts)}
+        alike = [index for index, caption in enumerate(captions) if caption in number]
         super().__init__(args, keep, forget, alike or range(len(keep)))
+        self.reference_prompts = torch.tensor([number[forget_captions[index]] for index in self.reference_indices])
+        # None: no image to keep has a forget image's prompt, so there is nothing to learn it anew from.
+        self.keep_prompts = torch.tensor([number[captions[index]] for index in self.keep_indices]) if alike else None
         # In the order of how often they occur, so that a few samples are of what matters.
-        counts = {caption: captions.count(caption) for caption in dict.fromkeys(captions)}
-        self.ordinary = sorted((c for c in counts if c not in set(self.prompts)), key=lambda c: -counts[c])[:64]
-        of_ordinary = [index for index, caption in enumerate(captions) if caption in set(self.ordinary)]
-        chosen = np.random.default_rng(args.seed).permutation(of_ordinary)[:MAX_KEEP_IMAGES]
-        self.ordinary_images = [keep.load(int(index)) / 2 + 0.5 for index in chosen]
+        counts = Counter(caption for caption in captions if caption not in number)
+        self.ordinary = [caption for caption, _ in counts.most_common(MAX_ORDINARY_PROMPTS)]
+        self.ordinary_images = None
+        if self.extractor is not None and self.ordinary:
+            of_ordinary = [index for index, caption in enumerate(captions) if caption in set(self.ordinary)]
+            chosen = np.random.default_rng(args.seed).permutation(of_ordinary)[:MAX_KEEP_IMAGES]
+            self.ordinary_images = load_pictures(keep, chosen)
         self.paraphrases = read_prompts(args, "--paraphrases", None, args.paraphrases_file)
         for name in ("nll_forget_bpd", "nll_keep_bpd"):
             self.skipped[name] = "not computed for latent models"
@@ -438,14 +485,24 @@ class StableDiffusion(Model):
             self.skipped["paraphrases"] = "asked for by --paraphrases_file"
         if not args.prompt_noise:
             self.skipped["prompt_noise"] = "asked for by --prompt_noise"
+        if self.keep_prompts is None and args.relearning_steps:
+            self.skipped["relearning"] = "no image to keep has the prompt of a forget image"
+        if not self.ordinary or not args.num_ordinary_samples:
+            reason = "there are no other prompts in the training set, or none were asked for"
+            names = ["ordinary_copy_share", "drift", "inception_score", *DISTRIBUTION_METRICS]
+            self.skipped |= {name: reason for name in names if name not in self.skipped}
         if args.guidance_scale <= 1:
             self.skipped["text_noise_norm"] = "without guidance (--guidance_scale above 1) there is none"
 
-    def load(self, where: str):
-        base = self.args.base
-        if is_adapter(where):
-            return load_stable_diffusion(self.args, base, "--base", adapter=where)
-        return load_stable_diffusion(self.args, where, "--unlearned")
+    def load(self, name: str, where: str):
+        flag = flag_of(name)
+        if name != "base" and is_adapter(where):
+            pipeline = load_stable_diffusion(self.args, self.args.base, "--base", adapter=where, adapter_flag=flag)
+        else:
+            pipeline = load_stable_diffusion(self.args, where, flag)
+        if name == "base":
+            warn_of_long_prompts(pipeline, [*self.prompts, *self.ordinary, *self.paraphrases])
+        return pipeline
 
     def sample(
         self, pipeline, prompts: Sequence[str], count: int, noise: float = 0.0, progress: str | None = None
@@ -457,9 +514,12 @@ class StableDiffusion(Model):
             rows = torch.arange(start, min(start + self.args.batch_size, count)) % len(prompts)
             embeds = table[rows.to(table.device)]
             if noise:
-                generator = torch.Generator().manual_seed(self.args.seed + start)
-                drawn = torch.randn(embeds.shape, generator=generator).to(embeds)
-                embeds = embeds + noise * embeds.std() * drawn
+                # Of each sample by itself, and not the noise that its latents start from.
+                seeds = [NOISE_SEED + self.args.seed + index for index in range(start, start + len(rows))]
+                drawn = [
+                    torch.randn(embeds.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
+                ]
+                embeds = embeds + noise * embeds.std(dim=(1, 2), keepdim=True) * torch.stack(drawn).to(embeds)
             with TextNoiseNorms(pipeline.unet, GaussianPath.from_scheduler(pipeline.scheduler)) as norms:
                 images = sample_prompts(
                     pipeline,
@@ -478,7 +538,7 @@ class StableDiffusion(Model):
         return torch.cat([images for images, _ in found]), norms
 
     def measure(self, name: str, where: str) -> tuple[dict, dict[str, Tensor]]:
-        args, pipeline = self.args, self.load(where)
+        args, pipeline = self.args, self.load(name, where)
         images, norms = self.sample(pipeline, self.prompts, args.num_samples, progress=f"Memorized, {name}")
         if name == "base":
             reason = self.detectors.add_clusters(images, self.keep)
@@ -492,7 +552,7 @@ class StableDiffusion(Model):
             pictures["ordinary prompts"] = ordinary
             flags = self.detectors.flags(ordinary)["any"]
             found["ordinary_copy_share"] = flags.float().mean().item()
-            found |= self.distribution(ordinary[~flags], torch.stack(self.ordinary_images))
+            found |= self.distribution(ordinary[~flags], self.ordinary_images)
         for kind, variations in (("paraphrases", self.paraphrases), ("prompt_noise", args.prompt_noise)):
             rows = []
             for number, variation in enumerate(variations):
@@ -502,64 +562,86 @@ class StableDiffusion(Model):
                 rows.append(label | copy_statistics(self.detectors.flags(drawn)))
             if rows:
                 found[kind] = rows
-        found |= self.in_latent_space(pipeline, relearn=args.relearning_steps > 0 and name != "base")
+        relearn = args.relearning_steps > 0 and name != "base" and self.keep_prompts is not None
+        found |= self.in_latent_space(pipeline, relearn)
         return found, pictures
 
     def in_latent_space(self, pipeline, relearn: bool) -> dict:
-        """The injection of the forget images and the relearning attack, under the forget images' own prompts."""
+        """The injection of the forget images and the relearning attack, under each image's own prompt."""
         path = GaussianPath.from_scheduler(pipeline.scheduler)
-        device, dtype = pipeline.device, pipeline.unet.dtype
+        device, batch_size = pipeline.device, self.args.batch_size
         factor = pipeline.vae.config.scaling_factor
         table, _ = encode(pipeline, self.prompts)
 
+        @torch.no_grad()
         def to_latents(pictures: Tensor) -> Tensor:
-            batches = (pictures * 2 - 1).to(device, dtype).split(self.args.batch_size)
-            with torch.no_grad():
-                return torch.cat([pipeline.vae.encode(batch).latent_dist.mean for batch in batches]).float() * factor
+            batches = (pictures * 2 - 1).to(device, pipeline.vae.dtype).split(batch_size)
+            return torch.cat([pipeline.vae.encode(batch).latent_dist.mean for batch in batches]).float() * factor
 
+        @torch.no_grad()
         def decode(latents: Tensor) -> Tensor:
-            with torch.no_grad():
-                decoded = pipeline.vae.decode(latents.to(dtype) / factor).sample
-            return (decoded / 2 + 0.5).clamp(0, 1).float().cpu()
+            batches = (latents / factor).to(pipeline.vae.dtype).split(batch_size)
+            decoded = torch.cat([pipeline.vae.decode(batch).sample.float().cpu() for batch in batches])
+            return (decoded / 2 + 0.5).clamp(0, 1)
 
-        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            # The first prompt: one image is most often asked for by one.
-            states = table[:1].expand(len(noisy), -1, -1)
+        def predict(noisy: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
+            dtype = pipeline.unet.dtype  # another while it is fine-tuned
+            states = table[prompts.to(device)].to(dtype)
             return pipeline.unet(noisy.to(dtype), timesteps, states).sample.float()
 
         pipeline.unet.eval()
-        found = {"injection": self.injections(path.to(device), to_latents(self.references), predict, decode)}
+        likeness: dict[str, list[float]] = {}
+        for prompt in self.reference_prompts.unique().tolist():
+            references = self.references[self.reference_prompts == prompt]
+            of_prompt = self.injections(
+                path.to(device),
+                to_latents(references),
+                lambda noisy, timesteps, prompt=prompt: predict(noisy, timesteps, torch.full((len(noisy),), prompt)),
+                decode,
+                references,
+            )
+            for timestep, values in of_prompt.items():
+                likeness.setdefault(timestep, []).extend(values)
+        found = {"injection": {timestep: float(np.mean(values)) for timestep, values in likeness.items()}}
         if relearn:
             if hasattr(pipeline.unet, "peft_config"):
                 # What an attacker would do who has the weights: the adapter cannot be taken off, all of it is trained.
                 pipeline.fuse_lora()
                 pipeline.unload_lora_weights()
-            pipeline.unet.float()
+            pipeline.to(torch.float32)
+            neighbors = self.neighbors()
+            prompts = self.keep_prompts[neighbors]
 
-            def predict_indexed(noisy: Tensor, indices: Tensor) -> Tensor:
-                return predict(noisy, path.model_timesteps[indices].to(device))
+            def predict_indexed(noisy: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+                return predict(noisy, path.model_timesteps[indices].to(device), prompts[rows])
 
             found["relearning"] = self.relearn(
                 pipeline.unet,
                 path,
-                to_latents(self.neighbors()),
+                to_latents(self.keep[neighbors]),
                 predict_indexed,
                 lambda: self.sample(pipeline, self.prompts, self.args.num_relearning_samples)[0],
             )
         return found
 
 
-def is_adapter(where: str) -> bool:
-    folder = Path(where)
-    if not folder.is_dir():
-        from huggingface_hub import file_exists
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+def flag_of(name: str) -> str:
+    return f"--{name}" if name in ("base", "unlearned") else "--also"
 
-        try:
-            return not file_exists(where, "model_index.json")
-        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
-            return False
-    return not (folder / "model_index.json").exists()
+
+def is_adapter(where: str) -> bool:
+    """Whether a folder or a repository on the Hub holds LoRA weights and no pipeline."""
+    folder = Path(where)
+    if folder.is_dir():
+        return not (folder / "model_index.json").exists() and any(folder.glob("*lora*.safetensors"))
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        files = list_repo_files(where)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
+        return False
+    return "model_index.json" not in files and any("lora" in name and name.endswith(".safetensors") for name in files)
 
 
 def check_arguments(args: argparse.Namespace) -> tuple[dict[str, str], bool]:
@@ -574,21 +656,28 @@ def check_arguments(args: argparse.Namespace) -> tuple[dict[str, str], bool]:
     models = {"base": args.base, "unlearned": args.unlearned}
     for entry in args.also:
         name, _, where = entry.partition("=")
-        if not name or not where or name in (*models, "settings"):
-            raise UsageError(f"--also takes NAME=MODEL, every NAME once, not {entry}")
+        # The name becomes part of a file's name.
+        if not re.fullmatch(r"[\w.-]+", name) or not where or name in (*models, "settings"):
+            raise UsageError(f"--also takes NAME=MODEL, every NAME once, of letters, digits, ., _ and -, not {entry}")
         models[name] = where
     pipeline_class = load_pipeline_class(args.base, "--base", cache_dir=args.cache_dir)
     stable_diffusion = pipeline_class == "StableDiffusionPipeline"
-    if not stable_diffusion and pipeline_class not in ("DDPMPipeline", "DDIMPipeline"):
-        raise UsageError(f"--base: {args.base} is a {pipeline_class}, which is not supported yet")
+    if not stable_diffusion:
+        if pipeline_class not in ("DDPMPipeline", "DDIMPipeline"):
+            raise UsageError(f"--base: {args.base} is a {pipeline_class}, which is not supported yet")
+        defaults = argparse.ArgumentParser()
+        add_arguments(defaults)
+        for name in OF_STABLE_DIFFUSION:
+            if getattr(args, name) != defaults.get_default(name):
+                raise UsageError(f"--{name} is for Stable Diffusion, and {args.base} is a {pipeline_class}")
     for name, where in models.items():
-        flag = f"--{name}" if name in ("base", "unlearned") else "--also"
-        if Path(where).is_dir() and is_adapter(where):
-            if not stable_diffusion or not list(Path(where).glob("*lora*.safetensors")):
-                raise UsageError(f"{flag}: {where} is neither a pipeline nor an adapter for the base")
-        elif load_pipeline_class(where, flag, cache_dir=args.cache_dir) != pipeline_class:
-            raise UsageError(f"{flag}: {where} is no {pipeline_class}, as the base is")
+        if name != "base" and stable_diffusion and is_adapter(where):
+            continue
+        if load_pipeline_class(where, flag_of(name), cache_dir=args.cache_dir) != pipeline_class:
+            raise UsageError(f"{flag_of(name)}: {where} is no {pipeline_class}, as the base is")
     output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UsageError(f"--output_dir: {output_dir} is a file; name a folder")
     if output_dir.exists() and not args.overwrite_output_dir and any(output_dir.iterdir()):
         raise UsageError(f"--output_dir: {output_dir} is not empty; add --overwrite_output_dir or name another folder")
     return models, stable_diffusion
@@ -596,14 +685,12 @@ def check_arguments(args: argparse.Namespace) -> tuple[dict[str, str], bool]:
 
 def choose_size(args: argparse.Namespace, stable_diffusion: bool) -> tuple[int, int]:
     """Channels and side of the pictures."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+    from diffusers import UNet2DModel
 
-    unet_class = UNet2DConditionModel if stable_diffusion else UNet2DModel
-    config = unet_class.load_config(args.base, subfolder="unet", cache_dir=args.cache_dir)
-    if not stable_diffusion:
-        return config["in_channels"], config["sample_size"]
-    vae = AutoencoderKL.load_config(args.base, subfolder="vae", cache_dir=args.cache_dir)
-    return 3, args.resolution or config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    if stable_diffusion:
+        return 3, load_resolution(args, args.base)
+    config = UNet2DModel.load_config(args.base, subfolder="unet", cache_dir=args.cache_dir)
+    return config["in_channels"], config["sample_size"]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -629,7 +716,6 @@ def main(args: argparse.Namespace) -> None:
         metrics |= {name: None for name in evaluation.skipped if name not in metrics and " " not in name}
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    pictures = draw_pictures(output_dir, evaluation, samples)
     content = results | {
         "settings": {
             "detectors": evaluation.detectors.settings,
@@ -650,6 +736,7 @@ def main(args: argparse.Namespace) -> None:
         }
     }
     write_json(output_dir / "evaluation.json", content)
+    pictures = draw_pictures(output_dir, evaluation, samples)
     write_report(output_dir / "report.html", content, pictures)
     print_summary(content, output_dir)
 

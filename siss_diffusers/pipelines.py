@@ -1,6 +1,8 @@
 """Stable Diffusion pipelines for the commands of `siss`: flags, loading, and samples shared out over processes."""
 
 import argparse
+import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,8 @@ from siss_diffusers.metrics.sampling import sample_prompts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+logger = logging.getLogger(__name__)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -66,35 +70,79 @@ def check_stable_diffusion(name: str, flag: str, **where: str | None) -> None:
         )
 
 
+def choose_resolution(resolution: int | None, unet_config: dict, vae_config: dict) -> int:
+    """The side of the pictures in pixels: the model's own, or the given one.
+
+    Raises:
+        UsageError: for one that the VAE cannot halve as often as it has to, or that pipelines do not take.
+    """
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    if resolution is None:
+        return unet_config["sample_size"] * factor
+    multiple = math.lcm(factor, 8)
+    if resolution % multiple != 0:
+        raise UsageError(f"--resolution {resolution} cannot be used: this model takes multiples of {multiple}")
+    return resolution
+
+
+def load_resolution(args: argparse.Namespace, name: str) -> int:
+    """`choose_resolution` of a pipeline, from its configurations."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    unet_config, vae_config = (
+        model.load_config(name, subfolder=subfolder, cache_dir=args.cache_dir)
+        for model, subfolder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+    )
+    return choose_resolution(args.resolution, unet_config, vae_config)
+
+
 def load_stable_diffusion(
-    args: argparse.Namespace, name: str, flag: str, adapter: str | None = None
+    args: argparse.Namespace, name: str, flag: str, adapter: str | None = None, adapter_flag: str = "--adapter"
 ) -> "StableDiffusionPipeline":
     """The pipeline on this process's device, with an adapter in it where one is named.
+
+    Args:
+        flag, adapter_flag: where the names come from, for messages.
 
     Raises:
         UsageError: for what is no Stable Diffusion pipeline, or no adapter for it.
     """
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    check_stable_diffusion(name, flag)
-    logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    check_stable_diffusion(name, flag, cache_dir=args.cache_dir)
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        # A warning about a long prompt would print it.
+        library.set_verbosity_error()
     device = PartialState().device
     # No safety checker: a picture that it blacks out could not be compared.
     pipeline = StableDiffusionPipeline.from_pretrained(
-        name, dtype=getattr(torch, args.dtype), safety_checker=None, requires_safety_checker=False
+        name,
+        dtype=getattr(torch, args.dtype),
+        cache_dir=args.cache_dir,
+        safety_checker=None,
+        requires_safety_checker=False,
     )
     if adapter is not None:
         try:
-            pipeline.load_lora_weights(adapter)
+            pipeline.load_lora_weights(adapter, cache_dir=args.cache_dir)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(f"--adapter: {adapter} cannot be loaded into {name} ({str(error).splitlines()[0]})")
+            raise UsageError(f"{adapter_flag}: {adapter} cannot be loaded into {name} ({str(error).splitlines()[0]})")
     pipeline.to(device)
     if device.type == "cpu":
         pipeline.unet.to(memory_format=torch.channels_last)  # faster there
     return pipeline
+
+
+def warn_of_long_prompts(pipeline: "StableDiffusionPipeline", prompts: Sequence[str]) -> None:
+    """By number only: a prompt may be what has to be forgotten."""
+    limit = pipeline.tokenizer.model_max_length
+    tokens = pipeline.tokenizer(list(prompts), truncation=False, verbose=False).input_ids if prompts else []
+    too_long = sum(len(ids) > limit for ids in tokens)
+    if too_long and PartialState().is_main_process:
+        logger.warning(f"{too_long} prompts are longer than the {limit} tokens that are seen of each")
 
 
 def encode(pipeline: "StableDiffusionPipeline", prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

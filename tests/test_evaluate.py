@@ -207,6 +207,9 @@ def test_the_number_of_processes_changes_nothing(captioned, adapter, cache_dir, 
         (["--unlearned", "missing"], "--unlearned"),
         (["--also", "x"], "--also"),
         (["--also", "base=x"], "--also"),
+        (["--also", "a/b=x"], "--also"),
+        (["--resolution", "20"], "--resolution 20"),
+        (["--output_dir", "{networks}/no.pt"], "is a file"),
         (["--unlearned", str(TINY_MODEL)], "--unlearned"),
         (["--copy_detector", "{networks}/no.pt"], "--copy_detector"),
         (["--copy_detector", "{networks}/missing.pt"], "--copy_detector"),
@@ -237,3 +240,52 @@ def test_a_folder_that_holds_something_is_left_alone(captioned, adapter, cache_d
     shutil.copytree(captioned, broken)
     (broken / "03.png").write_bytes(unreadable)
     assert "03.png" in siss_error(capfd, *sd_flags(tmp_path / "out", broken, adapter, cache_dir))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_several_prompts_in_half_precision(dtype, captioned, adapter, cache_dir, tmp_path):
+    """Two memorized prompts, one of them without images to keep; the fine-tuning of the attack is in float32 anyway."""
+    folder = tmp_path / "data"
+    shutil.copytree(captioned, folder)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines[1]["text"], lines[-1]["forget"] = "a photograph", True
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    run_siss(
+        *sd_flags(tmp_path / "out", folder, adapter, cache_dir, "--dtype", dtype, "--batch_size", "5"),
+        *("--relearning_steps", "2", "--num_relearning_samples", "4"),
+    )
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert content["settings"]["forget_images"] == 2
+    assert [point["step"] for point in content["unlearned"]["relearning"]] == [0, 1, 2]
+    assert content["base"]["injection"]["199"] > 0.8
+
+
+def test_where_nothing_can_be_compared_every_metric_has_its_reason(captioned, adapter, cache_dir, networks, tmp_path):
+    """A curated folder: all its captions are memorized prompts."""
+    folder = tmp_path / "data"
+    shutil.copytree(captioned, folder)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["text"] = FLOWER_CAPTION
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    run_siss(
+        *sd_flags(tmp_path / "out", folder, adapter, cache_dir, "--num_samples", "4"),
+        *("--feature_extractor", str(networks / "flat.pt"), "--classifier", str(networks / "flat.pt")),
+    )
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    for name in ("fid", "kid", "precision", "coverage", "inception_score", "drift", "ordinary_copy_share"):
+        assert content["unlearned"][name] is None and "prompts" in content["settings"]["skipped"][name]
+
+
+def test_flags_of_stable_diffusion_are_refused_for_an_unconditional_model(digits_folder, tmp_path, capfd):
+    flags = (
+        "evaluate",
+        "--base",
+        str(TINY_MODEL),
+        "--unlearned",
+        str(TINY_MODEL),
+        "--output_dir",
+        str(tmp_path / "o"),
+    )
+    more = ("--train_data_dir", str(digits_folder), "--forget_files", "garment_0.png", "--guidance_scale", "3")
+    assert "--guidance_scale" in siss_error(capfd, *flags, *more)

@@ -68,13 +68,17 @@ class CopyCluster:
     silhouette: float
 
     @classmethod
-    def fit(cls, features: Tensor, reference: Tensor, seed: int = 0) -> "CopyCluster | None":
-        """Two clusters of samples `(N, D)`; None where they cannot be split. The reference is `(D,)`."""
+    def fit(cls, features: Tensor, references: Tensor, seed: int = 0) -> "CopyCluster | None":
+        """Two clusters of samples `(N, D)`; None where they cannot be split, or where the memorised images `(R, D)` are
+        not all in one."""
         labels, silhouette = split_clusters(features, 2, seed)
         if silhouette is None:
             return None
+        memorized = {memorized_cluster(features, labels, reference) for reference in references}
+        if len(memorized) > 1:
+            return None
         centers = torch.stack([features[labels == label].mean(0) for label in range(2)])
-        return cls(centers, memorized_cluster(features, labels, reference), silhouette)
+        return cls(centers, memorized.pop(), silhouette)
 
     def flags(self, features: Tensor) -> Tensor:
         """`(N, D)` to `(N,)` bool."""

@@ -96,15 +96,17 @@ def test_the_copy_cluster_flags_what_is_nearest_to_its_centre():
     generator = torch.Generator().manual_seed(0)
     copies = torch.tensor([5.0, 0.0]) + 0.1 * torch.randn(30, 2, generator=generator)
     others = 0.5 * torch.randn(10, 2, generator=generator)
-    cluster = CopyCluster.fit(torch.cat([copies, others]), torch.tensor([5.0, 0.0]))
+    cluster = CopyCluster.fit(torch.cat([copies, others]), torch.tensor([[5.0, 0.0], [5.1, 0.0]]))
     assert cluster.silhouette > 0.5
     assert cluster.flags(copies).all() and not cluster.flags(others).any()
     # Like neither: on the far side of the copies, where theirs is still the nearer centre.
     assert not cluster.flags(torch.tensor([[20.0, 0.0], [5.0, 9.0]])).any()
     # The other way round: the reference decides, not the size or the tightness.
-    other = CopyCluster.fit(torch.cat([copies, others]), torch.zeros(2))
+    other = CopyCluster.fit(torch.cat([copies, others]), torch.zeros(1, 2))
     assert other.flags(others).all() and not other.flags(copies).any()
+    # Memorised images on both sides: two clusters cannot tell copies from the rest.
+    assert CopyCluster.fit(torch.cat([copies, others]), torch.tensor([[5.0, 0.0], [0.0, 0.0]])) is None
 
 
 def test_there_is_no_copy_cluster_in_equal_samples():
-    assert CopyCluster.fit(torch.ones(5, 2), torch.ones(2)) is None
+    assert CopyCluster.fit(torch.ones(5, 2), torch.ones(1, 2)) is None
