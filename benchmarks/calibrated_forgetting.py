@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/calibrated_forgetting"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--scales", type=float, nargs="+", default=[0.1, 0.3, 1.0], help="--forget_scale, rho.")
-    parser.add_argument("--quantiles", type=float, nargs="*", default=[0.5, 0.75], help="--calibrate_forgetting.")
+    parser.add_argument("--quantiles", type=float, nargs="*", default=[0.75], help="--calibrate_forgetting.")
     parser.add_argument("--num_forget_samples", type=int, default=128, help="Samples of the memorized prompt.")
     parser.add_argument("--num_digit_samples", type=int, default=100, help="Samples of the ten digit prompts.")
     args = parser.parse_args()
@@ -107,7 +107,8 @@ def describe(values: list[float | None], factor: float) -> str:
     if not values:
         return "-"
     digits = 1 if factor == 100 else 2
-    return f"{np.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    spread = f" [{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(values) > 1 else ""
+    return f"{np.median(values):.{digits}f}{spread}"
 
 
 def write_table(path: Path, base: dict, results: list[dict], settings: list[tuple[float, float | None]]) -> None:
@@ -150,13 +151,15 @@ def main() -> None:
     base_file = args.output_dir / "base.json"
     if not base_file.exists():
         write_json(base_file, measure(evaluation, None))
-    settings = list(product(args.scales, [None, *args.quantiles]))
-    for seed, (scale, quantile) in product(args.seeds, settings):
+    for seed, scale, quantile in product(args.seeds, args.scales, [None, *args.quantiles]):
         run(args, evaluation, scale, quantile, seed)
 
+    # Of everything that is there, whatever this call was asked for.
     base = json.loads(base_file.read_text())
     results = [json.loads(file.read_text()) for file in sorted((args.output_dir / "runs").glob("*.json"))]
-    results = [result for result in results if (result["scale"], result["quantile"]) in settings]
+    settings = sorted(
+        {(result["scale"], result["quantile"]) for result in results}, key=lambda pair: (pair[0], pair[1] or 0)
+    )
     write_json(args.output_dir / "results.json", {"base": base, "runs": results})
     write_table(args.output_dir / "table.md", base, results, settings)
     plot(args.output_dir / "comparison.png", base, results, settings)

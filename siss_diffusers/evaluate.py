@@ -30,6 +30,7 @@ from siss_diffusers.arguments import (
 from siss_diffusers.checkpoints import write_json
 from siss_diffusers.data import Images, ImageTransform, load_captions, split_data
 from siss_diffusers.errors import UsageError
+from siss_diffusers.metrics.clip import QUALITY_PROMPTS, Clip, clip_iqa, clip_score
 from siss_diffusers.metrics.clusters import CopyCluster
 from siss_diffusers.metrics.copies import (
     MAX_KEEP_IMAGES,
@@ -126,6 +127,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--classifier", help="A TorchScript file that maps pictures to class logits, for the inception score."
     )
     metrics.add_argument("--classifier_size", type=positive_int, help="Pictures are resized for it.")
+    metrics.add_argument(
+        "--clip_model",
+        help="A CLIP of transformers, such as openai/clip-vit-base-patch16, for CLIP score and CLIP-IQA.",
+    )
     metrics.add_argument(
         "--num_likelihood_images",
         type=natural_number,
@@ -244,7 +249,12 @@ class Model:
             self.skipped["inception_score"] = "needs --classifier, a TorchScript file"
         if args.copy_detector is None:
             self.skipped["sscd_forget"] = "needs --copy_detector, a TorchScript file such as SSCD's"
-        self.skipped["clip_score"] = self.skipped["clip_iqa"] = "not part of this command yet"
+        self.clip = None
+        if args.clip_model is not None:
+            self.clip = Clip(args.clip_model, PartialState().device, "--clip_model", args.cache_dir)
+            self.quality_texts = self.clip.of_texts(QUALITY_PROMPTS)
+        else:
+            self.skipped["clip_score"] = self.skipped["clip_iqa"] = "needs --clip_model"
         self.skipped["classifier_accuracy"] = "no prompt names a class to check"
         if args.relearning_steps == 0:
             self.skipped["relearning"] = "asked for by --relearning_steps"
@@ -260,6 +270,9 @@ class Model:
             found["others_sharpness"] = (sharpness(others).median() / sharpness(self.keep).median()).item()
         else:
             found |= {"others_distance_to_keep": None, "others_sharpness": None}
+        if self.clip is not None and len(others):
+            embedded = self.clip.of_images(others, self.args.batch_size)
+            found["clip_iqa"] = clip_iqa(embedded, *self.quality_texts).mean().item()
         if self.detectors.network is not None:
             found["sscd_forget"] = self.detectors.similarity(images).mean().item()
         return found
@@ -382,7 +395,7 @@ class Unconditional(Model):
 
     def __init__(self, args: argparse.Namespace, keep: Images, forget: Images) -> None:
         super().__init__(args, keep, forget, range(len(keep)))
-        for name in ("text_noise_norm", "paraphrases", "prompt_noise"):
+        for name in ("text_noise_norm", "clip_score", "paraphrases", "prompt_noise"):
             self.skipped[name] = "the model is unconditional: there is no text"
 
     @staticmethod
@@ -489,7 +502,7 @@ class StableDiffusion(Model):
             self.skipped["relearning"] = "no image to keep has the prompt of a forget image"
         if not self.ordinary or not args.num_ordinary_samples:
             reason = "there are no other prompts in the training set, or none were asked for"
-            names = ["ordinary_copy_share", "drift", "inception_score", *DISTRIBUTION_METRICS]
+            names = ["ordinary_copy_share", "drift", "clip_score", "inception_score", *DISTRIBUTION_METRICS]
             self.skipped |= {name: reason for name in names if name not in self.skipped}
         if args.guidance_scale <= 1:
             self.skipped["text_noise_norm"] = "without guidance (--guidance_scale above 1) there is none"
@@ -553,6 +566,11 @@ class StableDiffusion(Model):
             flags = self.detectors.flags(ordinary)["any"]
             found["ordinary_copy_share"] = flags.float().mean().item()
             found |= self.distribution(ordinary[~flags], self.ordinary_images)
+            if self.clip is not None:
+                # The prompts took turns.
+                texts = self.clip.of_texts(self.ordinary)[torch.arange(len(ordinary)) % len(self.ordinary)]
+                scores = clip_score(self.clip.of_images(ordinary, args.batch_size), texts)
+                found["clip_score"] = scores.mean().item()
         for kind, variations in (("paraphrases", self.paraphrases), ("prompt_noise", args.prompt_noise)):
             rows = []
             for number, variation in enumerate(variations):

@@ -111,7 +111,7 @@ def test_stable_diffusion_before_and_after(captioned, adapter, networks, cache_d
     assert list(base["injection"]) == ["199", "399", "599", "799"] and base["injection"]["199"] > 0.9
     assert [row["prompt_number"] for row in base["paraphrases"]] == [0, 1] and base["prompt_noise"][0]["samples"] == 4
     assert [point["step"] for point in unlearned["relearning"]] == [0, 1, 2, 3, 4]
-    for metric in ("nll_forget_bpd", "clip_score", "inception_score"):
+    for metric in ("nll_forget_bpd", "clip_score", "clip_iqa", "inception_score"):
         assert base[metric] is None and settings["skipped"][metric]
     assert settings["damage_table"]["any"]["none"] == 1 and set(settings["keep_flagged"].values()) == {0.0}
     report = (out / "report.html").read_text()
@@ -217,6 +217,7 @@ def test_the_number_of_processes_changes_nothing(captioned, adapter, cache_dir, 
         (["--feature_extractor", "{networks}/no.pt"], "--feature_extractor"),
         (["--forget_column", "missing"], "--forget_column"),
         (["--caption_column", "missing"], "--caption_column"),
+        (["--clip_model", "{networks}"], "--clip_model"),
         (["--paraphrases_file", "missing.txt"], "--paraphrases_file"),
     ],
 )
