@@ -259,6 +259,7 @@ def main() -> None:
     for row in rows:
         print(f"{row[0]:50} {row[1]:>22} {row[2]:>22}")
     print(f"\n{seconds:.0f} s, {train_seconds:.0f} s of them the training; pictures in {args.output_dir}")
+    print("From a list of prompts to the proof, with a report: make demo-audit")
 
 
 if __name__ == "__main__":
