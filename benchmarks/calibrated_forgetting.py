@@ -35,6 +35,7 @@ COLUMNS = {
     "pixel_l2": ("pixel_l2", 100, "by L2, %"),
     "correlation": ("correlation", 100, "by correlation, %"),
     "distance": ("others_distance_to_keep", 1, "L2 of the others"),
+    "sharpness": ("others_sharpness", 1, "sharpness of the others"),
     "accuracy": ("classifier_accuracy", 100, "digits right, %"),
     "active": ("forget_active", 1, "active share"),
 }
@@ -126,8 +127,8 @@ def write_table(path: Path, base: dict, results: list[dict], settings: list[tupl
 
 def plot(path: Path, base: dict, results: list[dict], settings: list[tuple[float, float | None]]) -> None:
     """One dot for each run: copies, what comes instead and the digits, against the setting."""
-    shown = ("copies", "distance", "accuracy")
-    figure, axes = plt.subplots(len(shown), 1, sharex=True, figsize=(8, 7.5), layout="constrained")
+    shown = ("copies", "distance", "sharpness", "accuracy")
+    figure, axes = plt.subplots(len(shown), 1, sharex=True, figsize=(8, 9.5), layout="constrained")
     for axis, (key, factor, label) in zip(axes, (COLUMNS[name] for name in shown)):
         axis.axhline(factor * base[key], color="grey", linestyle=":", label="base")
         for color, shift, step in (("tab:orange", -0.12, STEPS[0]), ("tab:blue", 0.12, STEPS[1])):

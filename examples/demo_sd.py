@@ -33,6 +33,7 @@ from siss_diffusers.assets.captioned import (
 from siss_diffusers.checkpoints import list_checkpoints, write_json
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, frame_copies, pixel_l2
 from siss_diffusers.metrics.sampling import sample_prompts
+from siss_diffusers.metrics.sharpness import sharpness
 
 
 MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_sd"
@@ -117,11 +118,17 @@ class Evaluation:
 
     def forgetting(self, images: torch.Tensor) -> dict:
         """Copies among samples of the memorized prompt, and what comes instead: how far the others are from the nearest
-        picture that was to be kept under this prompt, in pixel L2."""
+        picture that was to be kept under this prompt, in pixel L2, and how sharp they are relative to those pictures,
+        for a dark or blurred picture is near to everything."""
         flags = self.detectors.flags(images)
         others = images[~flags["any"]]
-        distance = pixel_l2(others, self.keep).median().item() if len(others) else None
-        return copy_statistics(flags) | {"others": len(others), "others_distance_to_keep": distance}
+        found = copy_statistics(flags) | {"others": len(others)}
+        if len(others) == 0:
+            return found | {"others_distance_to_keep": None, "others_sharpness": None}
+        return found | {
+            "others_distance_to_keep": pixel_l2(others, self.keep).median().item(),
+            "others_sharpness": (sharpness(others).median() / sharpness(self.keep).median()).item(),
+        }
 
     def accuracy(self, images: torch.Tensor, classes: np.ndarray) -> float:
         return float((self.classifier.predict(images.mean(1).flatten(1).numpy()) == classes).mean())
@@ -245,10 +252,15 @@ def main() -> None:
         value = point["others_distance_to_keep"]
         return "-" if value is None else f"{value:.2f} ({point['others']} samples)"
 
+    def sharp(point: dict) -> str:
+        value = point["others_sharpness"]
+        return "-" if value is None else f"{value:.2f}"
+
     rows = [
         ("", "base", "unlearned"),
         (f"copies, of {first['samples']} for the memorized prompt", share(first), share(last)),
         ("the others: L2 to the nearest picture to keep", distance(first), distance(last)),
+        ("the others: sharpness against pictures to keep", sharp(first), sharp(last)),
         (
             f"digits read as prompted, of {args.num_digit_samples}",
             *(f"{100 * point['classifier_accuracy']:.1f} %" for point in (first, last)),
