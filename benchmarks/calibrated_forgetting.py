@@ -82,9 +82,7 @@ def run(args: argparse.Namespace, evaluation: Evaluation, scale: float, quantile
         "--max_train_steps": str(max(STEPS)),
         "--checkpointing_steps": str(min(STEPS)),
     }
-    flags.pop("--calibrate_forgetting")
-    if quantile is not None:
-        flags["--calibrate_forgetting"] = str(quantile)
+    flags["--calibrate_forgetting"] = "off" if quantile is None else str(quantile)
     launch("train_siss_sd.py", flags)
     log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
     result = {"scale": scale, "quantile": quantile, "seed": seed, "points": {}}
