@@ -75,12 +75,12 @@ def gather_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     Raises:
         UsageError: where there is none, or a file or data set cannot be read.
     """
-    prompts = read_prompts(args, "--prompts", args.prompts, args.prompts_file)
+    prompts = read_prompts("--prompts", args.prompts, args.prompts_file)
     if args.dataset_name is not None:
         prompts = list(dict.fromkeys([*prompts, *read_captions(args)]))
     if not prompts:
         raise UsageError("nothing to audit: give --prompts, --prompts_file or --dataset_name")
-    ordinary = read_prompts(args, "--ordinary_prompts", args.ordinary_prompts, args.ordinary_prompts_file)
+    ordinary = read_prompts("--ordinary_prompts", args.ordinary_prompts, args.ordinary_prompts_file)
     return prompts[: args.max_prompts], ordinary
 
 

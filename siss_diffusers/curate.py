@@ -33,7 +33,7 @@ from siss_diffusers.pipelines import (
 
 # What the samples depend on; with another value of any of these they would be others.
 SETTINGS = ("num_images", "seed", "num_inference_steps", "guidance_scale", "resolution", "batch_size", "dtype")
-THUMBNAIL = 96
+THUMBNAIL, COLUMNS = 96, 12  # of the contact sheets
 SIDES = ("keep", "forget")
 
 
@@ -141,18 +141,18 @@ def correct(args: argparse.Namespace) -> None:
     print(f"{len(changes)} images moved; {sum(row['forget'] for row in rows)} of {len(rows)} are to forget")
 
 
-def draw_contact_sheets(output_dir: Path, rows: list[dict], columns: int = 12) -> None:
+def draw_contact_sheets(output_dir: Path, rows: list[dict]) -> None:
     """One a prompt: the pictures to forget, framed in red, before those to keep, each with its number."""
     prompts = list(dict.fromkeys(row["file_name"].partition("_")[0] for row in rows))
     for prompt in prompts:
         shown = [row for row in rows if row["file_name"].startswith(f"{prompt}_")]
         shown.sort(key=lambda row: not row["forget"])
         cell = THUMBNAIL + 16
-        lines = -(-len(shown) // columns)
-        sheet = Image.new("RGB", (columns * cell, lines * (cell + 10)), "white")
+        lines = -(-len(shown) // COLUMNS)
+        sheet = Image.new("RGB", (COLUMNS * cell, lines * (cell + 10)), "white")
         draw = ImageDraw.Draw(sheet)
         for index, row in enumerate(shown):
-            x, y = index % columns * cell + 8, index // columns * (cell + 10) + 6
+            x, y = index % COLUMNS * cell + 8, index // COLUMNS * (cell + 10) + 6
             with Image.open(output_dir / "images" / row["file_name"]) as image:
                 image = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
                 sheet.paste(image, (x, y))
@@ -181,7 +181,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[str], dict]:
     """
     if args.pretrained_model_name_or_path is None:
         raise UsageError("--pretrained_model_name_or_path is needed to sample from")
-    prompts = read_prompts(args, "--prompts", args.prompts, args.prompts_file)
+    prompts = read_prompts("--prompts", args.prompts, args.prompts_file)
     if args.audit is not None:
         prompts = list(dict.fromkeys([*prompts, *flagged_prompts(args.audit)]))
     if not prompts:

@@ -358,7 +358,7 @@ class Model:
         unet.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(unet.parameters(), lr=args.relearning_rate)
         for step in range(args.relearning_steps + 1):
-            if step % every == 0:
+            if step % every == 0 or step == args.relearning_steps:
                 points.append({"step": step} | copy_statistics(self.detectors.flags(sample())))
             if step < args.relearning_steps:
                 rows = torch.randint(len(clean), (batch_size,), generator=generator)
@@ -491,7 +491,7 @@ class StableDiffusion(Model):
             of_ordinary = [index for index, caption in enumerate(captions) if caption in set(self.ordinary)]
             chosen = np.random.default_rng(args.seed).permutation(of_ordinary)[:MAX_KEEP_IMAGES]
             self.ordinary_images = load_pictures(keep, chosen)
-        self.paraphrases = read_prompts(args, "--paraphrases", None, args.paraphrases_file)
+        self.paraphrases = read_prompts("--paraphrases", None, args.paraphrases_file)
         for name in ("nll_forget_bpd", "nll_keep_bpd"):
             self.skipped[name] = "not computed for latent models"
         if not self.paraphrases:

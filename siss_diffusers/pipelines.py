@@ -177,7 +177,7 @@ def on_all_processes(function: Callable, items: Sequence, progress: str | None =
     return [result for _, result in found]
 
 
-def read_prompts(args: argparse.Namespace, flag: str, prompts: Sequence[str] | None, file: str | None) -> list[str]:
+def read_prompts(flag: str, prompts: Sequence[str] | None, file: str | None) -> list[str]:
     """Prompts from the command line and from a file of one a line, each once, in their order.
 
     Raises:

@@ -152,7 +152,6 @@ METRICS = {
         "KID",
         "Such a distance that does not depend on the number of samples; may fall a little below 0. Lower is better.",
         figure_text,
-        spread="kid_std",
         of_the_rest=True,
     ),
     "precision": Metric(
@@ -211,7 +210,7 @@ OTHER_PARTS = {
     "prompt_noise": "Noise on the prompt",
     "relearning": "Relearning",
 }
-PARTS_OF_ROWS = ("copy_share_low", "copy_share_high", "inception_score_std", "kid_std")
+PARTS_OF_ROWS = ("copy_share_low", "copy_share_high", "inception_score_std")
 
 DETECTORS = {
     "pixel_l2": "The pixels are nearer to a forgotten image than a threshold",
