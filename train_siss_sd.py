@@ -34,7 +34,7 @@ from siss_diffusers.arguments import (
     unit_float,
 )
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, calibration_draws, measure_thresholds
-from siss_diffusers.checkpoints import find_checkpoint, load_state, save_checkpoint
+from siss_diffusers.checkpoints import load_state, save_checkpoint, save_result, tidy
 from siss_diffusers.data import (
     ImageTransform,
     Latents,
@@ -58,7 +58,11 @@ from siss_diffusers.pipelines import check_stable_diffusion, choose_resolution
 from siss_diffusers.receipt import write_receipt
 from siss_diffusers.training import (
     StepLog,
+    StopSignal,
     averaged_weights,
+    check_resumed,
+    describe_run,
+    find_resumed,
     initial_state,
     log_sample_images,
     log_validation,
@@ -285,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         random_flip=args.random_flip,
         interpolation=args.image_interpolation_mode,
     )
-    keep_images, forget_images, forget_digests, counts = split_data(args, transform, accelerator)
+    keep_images, forget_images, digests, counts = split_data(args, transform, accelerator)
     if args.max_train_samples is not None and args.max_train_samples < len(keep_images):
         generator = keyed_generator(args.seed, SUBSET)
         keep_images = keep_images.select(generator.choice(len(keep_images), args.max_train_samples, replace=False))
@@ -302,11 +306,12 @@ def main(argv: list[str] | None = None) -> None:
         f"Keep {counts['keep']}, forget {counts['forget']} images; removed {counts['duplicates_removed']} exact"
         " duplicates of forget images from the keep set"
     )
-    checkpoint = None
-    if args.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-        if checkpoint is None:
-            accelerator.print("--resume_from_checkpoint latest: no checkpoint yet, starting anew")
+    checkpoint = find_resumed(args, accelerator)
+    data = {"images to keep": digests["keep"], "images to forget": digests["forget"]}
+    data["prompts"] = [caption.encode() for caption in keep_captions + forget_captions]
+    description = describe_run(args, method, accelerator, checkpoint, data)
+    if checkpoint is not None:
+        check_resumed(args, checkpoint, description)
 
     # The models
     where = {"variant": args.variant, "cache_dir": args.cache_dir, "use_safetensors": True}
@@ -449,6 +454,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.overwrite_output_dir and args.resume_from_checkpoint is None:
             clear_output_dir(output_dir, MODEL_FILES)
         output_dir.mkdir(parents=True, exist_ok=True)
+        tidy(output_dir, checkpoint)
     accelerator.wait_for_everyone()
 
     def predict(rows: Rows) -> torch.Tensor:
@@ -502,7 +508,7 @@ def main(argv: list[str] | None = None) -> None:
             save_lora(unet, folder)
         else:
             unet.save_pretrained(folder / "unet")
-        save_training_state(folder, accelerator, state, thresholds, optimizer, lr_scheduler, ema_model)
+        save_training_state(folder, accelerator, description, state, thresholds, optimizer, lr_scheduler, ema_model)
 
     detectors = None
     if accelerator.is_main_process and validation_steps:
@@ -560,6 +566,7 @@ def main(argv: list[str] | None = None) -> None:
     # Without a cache the VAE is needed to load a pair, and that cannot be done in a subprocess.
     batches = iter(window_loader(pairs, sampler, args.dataloader_num_workers if cache_latents else 0))
     step_log = StepLog(args, accelerator, state)
+    stop_signal = StopSignal()
 
     # Train!
     while state["global_step"] < args.max_train_steps:
@@ -580,48 +587,58 @@ def main(argv: list[str] | None = None) -> None:
         # Dropout in the adapter draws from torch's own generator.
         torch.manual_seed(torch_seed(args.seed, MODEL, state["window"], accelerator.process_index))
         with accelerator.no_sync(model):  # the engine reduces both gradients itself, once per step
-            stats = gradients.compute(window, predict, args.max_grad_norm)
+            stats = gradients.compute(window, predict, args.max_grad_norm, stop=stop_signal.received is not None)
         optimizer.step()
         state["window"] += 1
 
         if stats.skipped:
-            step_log.skip()
-            continue
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        if ema_model is not None:
-            if args.offload_ema:
-                ema_model.to(device, non_blocking=True)
-            ema_model.step(trainable)
-            if args.offload_ema:
-                ema_model.to("cpu")
-        step_log.write(stats, learning_rate, time.perf_counter() - step_started)
+            step_log.skip(stats)
+        else:
+            learning_rate = lr_scheduler.get_last_lr()[0]
+            lr_scheduler.step()
+            if ema_model is not None:
+                if args.offload_ema:
+                    ema_model.to(device, non_blocking=True)
+                ema_model.step(trainable)
+                if args.offload_ema:
+                    ema_model.to("cpu")
+            step_log.write(stats, learning_rate, time.perf_counter() - step_started)
         global_step = state["global_step"]
-
-        if accelerator.is_main_process and global_step % args.checkpointing_steps == 0:
-            saved_to = save_checkpoint(output_dir, global_step, write_checkpoint, args.checkpoints_total_limit)
-            logger.info(f"Saved {saved_to.name}")
-        accelerator.wait_for_everyone()
 
         # With calibration the share of the forget weight still pushed says, for free, when looking is worth it.
         nearly_done = thresholds is None or stats.forget_active < 0.05 or not args.stop_when_forgotten
-        if validation_steps and global_step % validation_steps == 0 and nearly_done:
+        if not stats.skipped and nearly_done and validation_steps and global_step % validation_steps == 0:
+            # Before the checkpoint: a run that is resumed from it must not miss this reason to end.
             if validate() and args.stop_when_forgotten:
                 logger.info(f"Nothing left to forget after {global_step} steps")
                 break
+
+        stopping = stop_signal.stops(stats, accelerator) and global_step < args.max_train_steps
+        if accelerator.is_main_process:
+            if stopping or (not stats.skipped and global_step % args.checkpointing_steps == 0):
+                saved_to = save_checkpoint(output_dir, global_step, write_checkpoint, args.checkpoints_total_limit)
+                logger.info(f"Saved {saved_to.name}")
+        if stopping:
+            stop_signal.end(accelerator, f"checkpoint-{global_step}")
     step_log.progress_bar.close()
 
     # Save the adapter or the pipeline, and what was done.
     if accelerator.is_main_process:
-        with averaged_weights(ema_model, trainable):
-            if args.use_lora:
-                save_lora(unet, output_dir)
-            else:
-                load_pipeline(unet=unet).save_pretrained(output_dir)
-        lora = {"rank": args.rank, "alpha": args.lora_alpha} if args.use_lora else None
-        write_report(args, accelerator, method, counts, timestep_range, state, lora=lora)
-        write_receipt(output_dir / "receipt.json", forget_digests)
+
+        def write_result(folder: Path) -> None:
+            with averaged_weights(ema_model, trainable):
+                if args.use_lora:
+                    save_lora(unet, folder)
+                else:
+                    load_pipeline(unet=unet).save_pretrained(folder)
+            lora = {"rank": args.rank, "alpha": args.lora_alpha} if args.use_lora else None
+            write_report(folder, args, accelerator, method, counts, timestep_range, state, lora=lora)
+            write_receipt(folder / "receipt.json", digests["forget"])
+
+        save_result(output_dir, write_result, last=LORA_FILE if args.use_lora else "model_index.json")
         logger.info(f"Saved the {'adapter' if args.use_lora else 'unlearned pipeline'} to {output_dir}")
+    stop_signal.close()
+    if accelerator.is_main_process:
         if args.push_to_hub:
             repo_id = push(
                 output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo

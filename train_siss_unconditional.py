@@ -29,7 +29,7 @@ from siss_diffusers.arguments import (
     unit_float,
 )
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, measure_thresholds
-from siss_diffusers.checkpoints import find_checkpoint, load_state, save_checkpoint
+from siss_diffusers.checkpoints import load_state, save_checkpoint, save_result, tidy
 from siss_diffusers.data import (
     ImageTransform,
     PairDataset,
@@ -47,7 +47,11 @@ from siss_diffusers.metrics.sampling import sample_images
 from siss_diffusers.receipt import write_receipt
 from siss_diffusers.training import (
     StepLog,
+    StopSignal,
     averaged_weights,
+    check_resumed,
+    describe_run,
+    find_resumed,
     initial_state,
     log_sample_images,
     log_validation,
@@ -180,21 +184,21 @@ def main(argv: list[str] | None = None) -> None:
         random_flip=args.random_flip,
         preserve_input_precision=args.preserve_input_precision,
     )
-    keep, forget, forget_digests, counts = split_data(args, transform, accelerator)
+    keep, forget, digests, counts = split_data(args, transform, accelerator)
     logger.info(
         f"Keep {counts['keep']}, forget {counts['forget']} images; removed {counts['duplicates_removed']} exact"
         " duplicates of forget images from the keep set"
     )
+    checkpoint = find_resumed(args, accelerator)
+    data = {"images to keep": digests["keep"], "images to forget": digests["forget"]}
+    description = describe_run(args, method, accelerator, checkpoint, data)
+    if checkpoint is not None:
+        check_resumed(args, checkpoint, description)
     neighbors = None
     if hasattr(method, "num_neighbors"):
         candidates = neighbor_candidates(len(keep), args.seed)
         logger.info(f"Searching the neighbours of the forget images among {len(candidates)} keep images")
         neighbors = nearest_neighbors(keep, forget, method.num_neighbors, candidates)
-    checkpoint = None
-    if args.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-        if checkpoint is None:
-            accelerator.print("--resume_from_checkpoint latest: no checkpoint yet, starting anew")
 
     # The model
     try:
@@ -258,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.overwrite_output_dir and args.resume_from_checkpoint is None:
             clear_output_dir(output_dir, MODEL_FILES)
         output_dir.mkdir(parents=True, exist_ok=True)
+        tidy(output_dir, checkpoint)
     accelerator.wait_for_everyone()
 
     # Resume: everything that the next step depends on.
@@ -306,11 +311,11 @@ def main(argv: list[str] | None = None) -> None:
 
     def write_checkpoint(folder: Path) -> None:
         unet.save_pretrained(folder / "unet")
-        save_training_state(folder, accelerator, state, thresholds, optimizer, lr_scheduler, ema_model)
+        save_training_state(folder, accelerator, description, state, thresholds, optimizer, lr_scheduler, ema_model)
 
-    def save_pipeline() -> None:
+    def write_pipeline(folder: Path) -> None:
         with averaged_weights(ema_model, list(unet.parameters())):
-            DDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained(output_dir)
+            DDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained(folder)
 
     detectors = None
     if accelerator.is_main_process and (args.validation_steps or args.save_images_epochs):
@@ -362,6 +367,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs = PairDataset(keep, forget, method, sampler.num_pairs, timestep_range, args.seed, neighbors)
     batches = iter(window_loader(pairs, sampler, args.dataloader_num_workers))
     step_log = StepLog(args, accelerator, state)
+    stop_signal = StopSignal()
 
     # Train!
     while state["global_step"] < args.max_train_steps:
@@ -377,46 +383,57 @@ def main(argv: list[str] | None = None) -> None:
         # Dropout in the network, if any, draws from torch's own generator.
         torch.manual_seed(torch_seed(args.seed, MODEL, state["window"], accelerator.process_index))
         with accelerator.no_sync(model):  # the engine reduces both gradients itself, once per step
-            stats = gradients.compute(window, predict, args.max_grad_norm)
+            stats = gradients.compute(window, predict, args.max_grad_norm, stop=stop_signal.received is not None)
         optimizer.step()
         state["window"] += 1
 
         if stats.skipped:
-            step_log.skip()
-            continue
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        more = {}
-        if ema_model is not None:
-            ema_model.step(unet.parameters())
-            more["ema_decay"] = ema_model.cur_decay_value
-        step_log.write(stats, learning_rate, time.perf_counter() - step_started, **more)
+            step_log.skip(stats)
+        else:
+            learning_rate = lr_scheduler.get_last_lr()[0]
+            lr_scheduler.step()
+            more = {}
+            if ema_model is not None:
+                ema_model.step(unet.parameters())
+                more["ema_decay"] = ema_model.cur_decay_value
+            step_log.write(stats, learning_rate, time.perf_counter() - step_started, **more)
         global_step = state["global_step"]
-
-        if accelerator.is_main_process:
-            if global_step % args.checkpointing_steps == 0:
-                saved_to = save_checkpoint(output_dir, global_step, write_checkpoint, args.checkpoints_total_limit)
-                logger.info(f"Saved {saved_to.name}")
-            if args.save_images_epochs and global_step % (args.save_images_epochs * steps_per_epoch) == 0:
-                log_samples()
-            if args.save_model_epochs and global_step % (args.save_model_epochs * steps_per_epoch) == 0:
-                save_pipeline()
-        accelerator.wait_for_everyone()
 
         # With calibration the share of the forget weight still pushed says, for free, when looking is worth it.
         nearly_done = thresholds is None or stats.forget_active < 0.05 or not args.stop_when_forgotten
-        if args.validation_steps and global_step % args.validation_steps == 0 and nearly_done:
+        if not stats.skipped and nearly_done and args.validation_steps and global_step % args.validation_steps == 0:
+            # Before the checkpoint: a run that is resumed from it must not miss this reason to end.
             if validate() and args.stop_when_forgotten:
                 logger.info(f"Nothing left to forget after {global_step} steps")
                 break
+
+        stopping = stop_signal.stops(stats, accelerator) and global_step < args.max_train_steps
+        if accelerator.is_main_process:
+            if stopping or (not stats.skipped and global_step % args.checkpointing_steps == 0):
+                saved_to = save_checkpoint(output_dir, global_step, write_checkpoint, args.checkpoints_total_limit)
+                logger.info(f"Saved {saved_to.name}")
+            if not stats.skipped and args.save_images_epochs:
+                if global_step % (args.save_images_epochs * steps_per_epoch) == 0:
+                    log_samples()
+            if not stats.skipped and args.save_model_epochs:
+                if global_step % (args.save_model_epochs * steps_per_epoch) == 0:
+                    save_result(output_dir, write_pipeline, last="model_index.json")
+        if stopping:
+            stop_signal.end(accelerator, f"checkpoint-{global_step}")
     step_log.progress_bar.close()
 
     # Save the pipeline and what was done.
     if accelerator.is_main_process:
-        save_pipeline()
-        write_report(args, accelerator, method, counts, timestep_range, state)
-        write_receipt(output_dir / "receipt.json", forget_digests)
+
+        def write_result(folder: Path) -> None:
+            write_pipeline(folder)
+            write_report(folder, args, accelerator, method, counts, timestep_range, state)
+            write_receipt(folder / "receipt.json", digests["forget"])
+
+        save_result(output_dir, write_result, last="model_index.json")
         logger.info(f"Saved the unlearned pipeline to {output_dir}")
+    stop_signal.close()
+    if accelerator.is_main_process:
         if args.push_to_hub:
             repo_id = push(
                 output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo

@@ -194,6 +194,11 @@ def add_training_arguments(
         "--resume_from_checkpoint", type=str, default=None, help="A checkpoint of --output_dir, or `latest`."
     )
     parser.add_argument(
+        "--allow_changes",
+        action="store_true",
+        help="Resume with other arguments or data than the checkpoint was made with.",
+    )
+    parser.add_argument(
         "--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention."
     )
 
@@ -416,7 +421,7 @@ def clear_output_dir(output_dir: Path, model_files: tuple[str, ...]) -> None:
         model_files: files and folders of the model that the script saves.
     """
     folders = [output_dir / name for name in (*RUN_FOLDERS, *model_files)]
-    folders += [*output_dir.glob("checkpoint-*"), *output_dir.glob("tmp-checkpoint-*")]
+    folders += [path for kind in ("", "tmp-", "superseded-") for path in output_dir.glob(f"{kind}checkpoint-*")]
     for folder in folders:
         if folder.is_dir():
             shutil.rmtree(folder)

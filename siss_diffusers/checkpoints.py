@@ -1,8 +1,10 @@
 """Training state as safetensors and JSON: a checkpoint is whole, under its final name, or it is not there."""
 
 import json
+import logging
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,18 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from siss_diffusers.errors import UsageError
+from siss_diffusers.errors import RunError, UsageError
 
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
+# What is not whole yet, or no longer: such folders are removed wherever they are met.
+UNFINISHED = "tmp-"
+SUPERSEDED = "superseded-"
+# Size and checksum of every other file of a checkpoint; written last.
+MANIFEST = "checkpoint.json"
+CHUNK = 2**22
 
 
 def split_tensors(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -22,7 +32,8 @@ def split_tensors(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     Dictionaries with integer keys (as in optimizer states) are marked, since JSON knows only string keys.
     """
     if isinstance(state, Tensor):
-        return {"__tensor__": path}, {path: state.detach().contiguous().cpu()}
+        # Cloned: tensors that share memory, as the quantization maps of 8-bit Adam do, cannot be saved.
+        return {"__tensor__": path}, {path: state.detach().cpu().contiguous().clone()}
     if isinstance(state, dict):
         plain, tensors = {}, {}
         for key, value in state.items():
@@ -57,14 +68,23 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    with open(folder / "state.json") as file:
-        return join_tensors(json.load(file), load_file(folder / "state.safetensors"))
+    return join_tensors(read_json(folder / "state.json"), load_file(folder / "state.safetensors"))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write to a temporary name, then rename: a reader never sees half a file."""
+def read_json(path: Path) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def write_json(path: Path, content: Any, mode: int = 0o666) -> None:
+    """Write to a temporary name, then rename: a reader never sees half a file.
+
+    Args:
+        mode: permissions of the file, from its first byte on; less the process's umask.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "w", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         json.dump(content, file, indent=2)
         file.write("\n")
         file.flush()
@@ -78,49 +98,195 @@ def append_json_line(path: Path, content: dict[str, Any]) -> None:
 
 
 def truncate_json_lines(path: Path, last_step: int) -> None:
-    """Drop the lines of steps that a resumed run will do again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last_step]
-        path.write_text("".join(line + "\n" for line in lines))
+    """Drop the lines of steps that a resumed run will do again, and the half line that a kill may have left."""
+    if not path.exists():
+        return
+    lines = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:
+            break
+        if step <= last_step:
+            lines.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(lines))
+    os.replace(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: against accidents, not against forgery."""
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def fill(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder and bring it to the disk, or leave no folder.
+
+    Raises:
+        RunError: where the disk does not take it.
+    """
+    remove(folder)
+    try:
+        folder.mkdir(parents=True)
+        write(folder)
+        for path in folder.rglob("*"):
+            sync(path)
+        sync(folder)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)  # half of it would only fill the disk
+        # safetensors reports a full disk by an exception of its own.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            saved = [path.name for path in list_checkpoints(folder.parent)]
+            rescue = (
+                f"{saved[-1]} is whole: free some space and go on with --resume_from_checkpoint latest"
+                if saved
+                else "free some space and start again"
+            )
+            raise RunError(f"{folder.name.removeprefix(UNFINISHED)} could not be written ({error}); {rescue}")
+        raise
+
+
+def remove(folder: Path) -> None:
+    """Under another name first: what is half removed must not look like a checkpoint."""
+    if not folder.exists():
+        return
+    if not folder.name.startswith(UNFINISHED):
+        doomed = folder.with_name(UNFINISHED + "removed-" + folder.name)
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder = folder.rename(doomed)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], total_limit: int | None) -> Path:
-    """Let `write` fill a folder under a temporary name, sync it, rename it; then remove the oldest over the limit."""
+    """Let `write` fill a folder under a temporary name, bring it to the disk, rename it; only then remove the oldest
+    over the limit.
+
+    Raises:
+        RunError: where the disk does not take it; earlier checkpoints are as they were.
+    """
     final = output_dir / f"{PREFIX}{step}"
-    temporary = output_dir / f"tmp-{PREFIX}{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    for path in [*temporary.rglob("*"), temporary]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists() and damage(final) is None:
+        return final  # a run that stops while steps are skipped: there is nothing new to save
+    temporary = output_dir / f"{UNFINISHED}{PREFIX}{step}"
+
+    def write_with_manifest(folder: Path) -> None:
+        write(folder)
+        manifest = {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)}
+            for path in files_of(folder)
+        }
+        write_json(folder / MANIFEST, {"step": step, "files": manifest})
+
+    fill(temporary, write_with_manifest)
+    remove(final)
     os.replace(temporary, final)
+    sync(output_dir)
     if total_limit is not None:
-        for old in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
+        others = [path for path in list_checkpoints(output_dir) if path != final]
+        for old in others[: max(len(others) - (total_limit - 1), 0)]:
+            remove(old)
     return final
 
 
+def save_result(output_dir: Path, write: Callable[[Path], None], last: str) -> None:
+    """Let `write` fill a folder, bring it to the disk, and move what is in it into `output_dir`, `last` at the end.
+
+    Raises:
+        RunError: where the disk does not take it; what was there is as it was.
+    """
+    temporary = output_dir / f"{UNFINISHED}result"
+    fill(temporary, write)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+        target = output_dir / path.name
+        if target.is_dir():
+            remove(target)
+        os.replace(path, target)
+    temporary.rmdir()
+    sync(output_dir)
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Folders of checkpoints, whole or not, oldest first."""
     found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None when every byte of it is as it was written."""
+    try:
+        expected = read_json(checkpoint / MANIFEST)["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or torn"
+    for name, facts in expected.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"]:
+            return f"{name} has {path.stat().st_size} of {facts['bytes']} bytes"
+        if checksum(path) != facts["crc32"]:
+            return f"{name} is not what was written"
+    return None
+
+
 def find_checkpoint(output_dir: Path, requested: str) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means; None for `latest` where there is none yet.
+    """The checkpoint that `--resume_from_checkpoint` means; None for `latest` where there is none yet. `latest` passes
+    over what is not whole, and says so.
 
     Raises:
-        UsageError: for a path that is not a checkpoint.
+        UsageError: for a path that is not a checkpoint, or not a whole one.
     """
     if requested == "latest":
-        return next(reversed(list_checkpoints(output_dir)), None)
+        for checkpoint in reversed(list_checkpoints(output_dir)):
+            problem = damage(checkpoint)
+            if problem is None:
+                return checkpoint
+            logger.warning(f"{checkpoint.name} is passed over: {problem}")
+        return None
     for path in (Path(requested), output_dir / requested):
-        if (path / "state.json").is_file():
+        if (path / MANIFEST).is_file() or (path / "state.json").is_file():
+            problem = damage(path)
+            if problem is not None:
+                raise UsageError(
+                    f"--resume_from_checkpoint: {path.name} is not whole ({problem}); name another, or use 'latest'"
+                )
             return path
     known = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
     raise UsageError(
         f"--resume_from_checkpoint: {requested} is not a checkpoint; --output_dir holds: {known} (or use 'latest')"
     )
+
+
+def tidy(output_dir: Path, checkpoint: Path | None) -> None:
+    """Before a run goes on from `checkpoint`, or starts anew (None): remove what a kill left unfinished, and set whole
+    checkpoints of later steps aside, for from now on `latest` must mean one of this run."""
+    for path in output_dir.glob(f"{UNFINISHED}*"):
+        if path.is_dir() and path.name.removeprefix(UNFINISHED).startswith((PREFIX, "removed-", "result")):
+            remove(path)
+    last_step = 0 if checkpoint is None else read_json(checkpoint / MANIFEST)["step"]
+    for later in list_checkpoints(output_dir):
+        if int(later.name.removeprefix(PREFIX)) <= last_step:
+            continue
+        if damage(later) is None:
+            aside = later.with_name(SUPERSEDED + later.name)
+            remove(aside)
+            later.rename(aside)
+            logger.warning(f"{later.name} is of a later step than the run goes on from: renamed to {aside.name}")
+        else:
+            remove(later)

@@ -249,11 +249,11 @@ def forget_rows_of(
 
 def split_data(
     args: argparse.Namespace, transform: ImageTransform, accelerator: Accelerator
-) -> tuple[Images, Images, list[bytes], dict[str, int]]:
+) -> tuple[Images, Images, dict[str, list[bytes]], dict[str, int]]:
     """What to keep and what to forget, by the flags of `add_unlearning_arguments`.
 
     Returns:
-        `keep` and `forget` (`Images`), the digests of the forget images, and counts for `unlearning.json`.
+        `keep` and `forget` (`Images`), the digests of both under these names, and counts for `unlearning.json`.
 
     Raises:
         UsageError: for a set that is empty, or an image that cannot be used.
@@ -303,7 +303,8 @@ def split_data(
         "keep": len(keep_indices),
         "duplicates_removed": len(train) - len(keep_indices) - len(forget_indices),
     }
-    return train.select(keep_indices), forget, forget_digests, counts
+    digests = {"keep": [train_digests[index] for index in keep_indices], "forget": forget_digests}
+    return train.select(keep_indices), forget, digests, counts
 
 
 def load_captions(images: Images, column: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Bad input: one exception, one sentence, exit code 2."""
+"""What ends a run early: one exception for each exit code, and one sentence on stderr."""
 
 import os
 import signal
@@ -11,14 +11,39 @@ class UsageError(ValueError):
     """What the user gave cannot be used; the message names the flag and the fix, in one sentence."""
 
 
+class RunError(RuntimeError):
+    """What went wrong in the middle, and what to do: a disk that is full, an upload that failed."""
+
+
+class Interrupted(Exception):
+    """A signal came, and the run has stopped cleanly.
+
+    Args:
+        signal_number: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    raise Interrupted(number)
+
+
 def run(main: Callable[[], None], program: str) -> NoReturn:
-    """Call `main` and exit: 0 done, 2 bad usage or bad input (one sentence on stderr), 130 interrupted, 1 else."""
+    """Call `main` and exit: 0 done; 2 bad usage or bad input; 130 and 143 after SIGINT and SIGTERM; 1 anything else."""
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
-    except UsageError as error:
+    except (UsageError, RunError) as error:
         if os.environ.get("RANK", "0") == "0":  # every process finds the same fault; one says so
             print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except Interrupted as error:
+        sys.exit(128 + error.signal_number)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     sys.exit(0)

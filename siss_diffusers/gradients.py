@@ -18,7 +18,7 @@ from siss_diffusers.methods.base import Rows
 CPU_DOT_CHUNK, DOT_CHUNK = 2**19, 2**22
 
 # What travels with the gradients in the one collective; sums over the pairs of the whole window and all ranks.
-STATS = ("ranks", "pairs", "keep_loss", "forget_loss", "keep_weight", "forget_weight", "active_weight")
+STATS = ("ranks", "pairs", "keep_loss", "forget_loss", "keep_weight", "forget_weight", "active_weight", "stop")
 
 UNKNOWN = Products(math.nan, math.nan, math.nan)
 
@@ -33,6 +33,9 @@ class StepStats:
         forget_active: share of the forget weight whose loss is still below its threshold; None without thresholds.
         one_sided: no row of the window served the keep side, or none the forget side.
         skipped: a gradient was not finite. The optimizer must not move the weights; see `PairedGradients.compute`.
+        non_finite: of a skipped step, for each side the timesteps (indices of the path) of this rank's rows whose loss
+            was not finite; empty where only a gradient was not.
+        stop: some rank asked to stop, see `PairedGradients.compute`; the same on all ranks.
     """
 
     keep_loss: float
@@ -44,6 +47,8 @@ class StepStats:
     forget_active: float | None
     one_sided: bool
     skipped: bool
+    non_finite: dict[str, list[int]]
+    stop: bool
 
 
 def split_by_side(rows: Rows) -> Iterator[tuple[Rows, bool, bool]]:
@@ -144,7 +149,11 @@ class PairedGradients:
             self.sums[STATS.index(name)] += value
 
     def compute(
-        self, window: Sequence[Rows], predict: Callable[[Rows], Tensor], max_grad_norm: float | None = None
+        self,
+        window: Sequence[Rows],
+        predict: Callable[[Rows], Tensor],
+        max_grad_norm: float | None = None,
+        stop: bool = False,
     ) -> StepStats:
         """Run forward and backward over a window of micro-batches, combine, clip, and leave the result in `.grad`.
 
@@ -156,9 +165,12 @@ class PairedGradients:
             predict: the network's output `(R, C, H, W)` for rows on the device. Under DDP, inside `no_sync`; a network
                 with buffers also needs `broadcast_buffers=False`, for ranks differ in how often they call it.
             max_grad_norm: bound of the norm of the combined gradient of losses summed over pixels; None for none.
+            stop: this rank was asked to stop after this step, by a signal, say. It travels with the gradients, so that
+                all ranks know of it at the same step without a collective of its own.
         """
         self.flat.zero_()
-        self._add(ranks=1)
+        self.row_losses = []
+        self._add(ranks=1, stop=float(stop))
         for rows in window:
             self._add(pairs=rows.num_pairs, keep_weight=rows.keep_weight.sum(), forget_weight=rows.forget_weight.sum())
         if self.mode == "forget_first":
@@ -216,7 +228,7 @@ class PairedGradients:
         rows = rows.to(self.device)
         output = predict(rows).float()
         if serves_keep:
-            loss = (rows.keep_weight * mean_squared_error(output, rows.keep_target)).sum()
+            loss = self._sum("keep", rows, rows.keep_weight * mean_squared_error(output, rows.keep_target))
             self._fill(self.keep_views)
             self._scaled(loss).backward(retain_graph=serves_forget)
             self._add(keep_loss=loss.detach())
@@ -224,7 +236,7 @@ class PairedGradients:
             error = mean_squared_error(output, rows.forget_target)
             weight = self._active_weight(rows, error)
             self._fill(self.forget_views)
-            self._scaled((weight * error).sum()).backward()
+            self._scaled(self._sum("forget", rows, weight * error)).backward()
             self._add(forget_loss=(rows.forget_weight * error.detach()).sum(), active_weight=weight.sum())
 
     def _single_backward(self, rows: Rows, predict: Callable[[Rows], Tensor]) -> None:
@@ -236,15 +248,28 @@ class PairedGradients:
         output = predict(rows).float()
         loss = output.new_zeros(())
         if rows.keep_target is not None:
-            keep_loss = (rows.keep_weight * mean_squared_error(output, rows.keep_target)).sum()
+            keep_loss = self._sum("keep", rows, rows.keep_weight * mean_squared_error(output, rows.keep_target))
             loss = loss + keep_coefficient * keep_loss
             self._add(keep_loss=keep_loss.detach())
         if rows.forget_target is not None:
-            forget_loss = (rows.forget_weight * mean_squared_error(output, rows.forget_target)).sum()
+            forget_loss = self._sum(
+                "forget", rows, rows.forget_weight * mean_squared_error(output, rows.forget_target)
+            )
             loss = loss + forget_coefficient * forget_loss
             self._add(forget_loss=forget_loss.detach(), active_weight=rows.forget_weight.sum())
         self._fill(self.keep_views)
         self._scaled(loss).backward()
+
+    def _sum(self, side: str, rows: Rows, losses: Tensor) -> Tensor:
+        """The sum over rows, each remembered, should the step have to say which of them were not finite."""
+        self.row_losses.append((side, rows.timesteps, losses.detach()))
+        return losses.sum()
+
+    def _non_finite_rows(self) -> dict[str, list[int]]:
+        found = {}
+        for side, timesteps, losses in self.row_losses:
+            found.setdefault(side, []).extend(timesteps[~losses.isfinite()].tolist())
+        return {side: sorted(timesteps) for side, timesteps in found.items() if timesteps}
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
@@ -311,6 +336,8 @@ class PairedGradients:
             forget_active=None if self.thresholds is None else self._active_share(sums),
             one_sided=sums["keep_weight"] == 0 or sums["forget_weight"] == 0,
             skipped=skipped,
+            non_finite=self._non_finite_rows() if skipped else {},
+            stop=sums["stop"] > 0,
         )
 
     def _refuse(self) -> None:

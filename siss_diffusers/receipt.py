@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,5 +27,5 @@ def write_receipt(path: Path, digests: Sequence[bytes]) -> None:
             "key": key.hex(),
             "forgotten": [hmac.new(key, digest, hashlib.sha256).hexdigest() for digest in digests],
         },
+        mode=0o600,
     )
-    os.chmod(path, 0o600)

@@ -1,8 +1,14 @@
 """What both scripts do around their training loop: accelerator, optimizer, the log of a step, the report of a run."""
 
 import argparse
+import hashlib
+import json
 import logging
-from collections.abc import Iterable, Iterator
+import os
+import secrets
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
@@ -13,17 +19,63 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
 import siss_diffusers
 from siss_diffusers.arguments import shared_settings
-from siss_diffusers.checkpoints import append_json_line, save_state, truncate_json_lines, write_json
-from siss_diffusers.errors import UsageError
+from siss_diffusers.checkpoints import (
+    append_json_line,
+    find_checkpoint,
+    read_json,
+    save_state,
+    truncate_json_lines,
+    write_json,
+)
+from siss_diffusers.errors import Interrupted, RunError, UsageError
 from siss_diffusers.gradients import StepStats
 from siss_diffusers.methods import Method
+
+
+logger = logging.getLogger(__name__)
+
+# A launcher sends on what the terminal has already sent to all processes: no second signal before so many seconds.
+SECOND_SIGNAL_SECONDS = 1.0
+
+# Arguments that a resumed run may change: they say where things are, how fast it goes and what is looked at. Those of the
+# data are compared by what they led to, those of batches by their product.
+FREE_ARGUMENTS = {
+    *(
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "allow_changes",
+        "cache_dir",
+        "checkpointing_steps",
+    ),
+    *("checkpoints_total_limit", "push_to_hub", "hub_token", "hub_model_id", "hub_private_repo", "report_to"),
+    *("logging_dir", "tracker_project_name", "dataloader_num_workers", "gradient_checkpointing", "max_skipped_steps"),
+    *("enable_xformers_memory_efficient_attention", "cache_latents", "offload_ema", "foreach_ema", "method_args"),
+    *("train_batch_size", "gradient_accumulation_steps", "train_data_dir", "dataset_name", "dataset_config_name"),
+    *("image_column", "caption_column", "forget_data_dir", "forget_files", "forget_column", "forget_value"),
+    *("validation_steps", "validation_epochs", "validation_prompts", "num_validation_images", "guidance_scale"),
+    *("num_inference_steps", "ddpm_num_inference_steps", "eval_batch_size", "stop_when_forgotten"),
+    *("save_images_epochs", "save_model_epochs"),
+}
+# How long the run is matters to a step only under a schedule that ends.
+LENGTHS = {"max_train_steps", "num_train_epochs", "num_epochs"}
+# What the saved state cannot be read without: not even --allow_changes helps.
+FIXED_ARGUMENTS = {
+    *("use_lora", "rank", "lora_target_modules", "use_ema", "use_8bit_adam", "calibrate_forgetting"),
+}
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -96,6 +148,154 @@ def averaged_weights(ema_model: EMAModel | None, parameters: list[nn.Parameter])
             ema_model.restore(parameters)
 
 
+class StopSignal:
+    """From now on the first SIGINT or SIGTERM asks the run to stop after its current step, and a second one ends it at
+    once.
+
+    Attributes:
+        received: the number of the signal; None so far.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(self) -> None:
+        """Signals mean again what they meant before."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        if self.received is None:
+            self.received, self.received_at = number, time.monotonic()
+            note = f"\n{signal.Signals(number).name}: stopping after this step; once more to stop at once\n"
+            os.write(2, note.encode())  # print is not safe within a handler
+        elif time.monotonic() - self.received_at > SECOND_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+    def stops(self, stats: StepStats, accelerator: Accelerator) -> bool:
+        """Whether to stop now; the same on all processes. Several of them learn of it with the next step's gradients."""
+        return stats.stop or (accelerator.num_processes == 1 and self.received is not None)
+
+    def end(self, accelerator: Accelerator, checkpoint: str) -> None:
+        """
+        Raises:
+            Interrupted: always, once the main process has saved `checkpoint`.
+        """
+        accelerator.wait_for_everyone()
+        accelerator.print(f"Stopped at {checkpoint}; go on with --resume_from_checkpoint latest")
+        accelerator.end_training()
+        self.close()
+        raise Interrupted(self.received or signal.SIGTERM)
+
+
+def describe_run(
+    args: argparse.Namespace,
+    method: Method,
+    accelerator: Accelerator,
+    checkpoint: Path | None,
+    data: dict[str, Sequence[bytes]],
+) -> dict:
+    """What decides the steps of a run, for its checkpoints: numbers and names of ours as they are, everything else by a
+    salted hash, so that a checkpoint tells neither files nor prompts.
+
+    Args:
+        checkpoint: whose salt to use, for comparison; None for a new one.
+        data: for each part of the data what identifies its items, in order.
+    """
+    salt = secrets.token_hex(16) if checkpoint is None else read_json(checkpoint / "state.json")["run"]["salt"]
+
+    def salted(parts: Iterable[bytes]) -> str:
+        digest = hashlib.blake2b(digest_size=16, key=bytes.fromhex(salt))
+        for part in parts:
+            digest.update(len(part).to_bytes(8) + part)
+        return digest.hexdigest()
+
+    free = FREE_ARGUMENTS | (LENGTHS if args.lr_scheduler in ("constant", "constant_with_warmup") else set())
+    shown, arguments = shared_settings(args), {}
+    for name, value in vars(args).items():
+        if name in free:
+            continue
+        if name == "pretrained_model_name_or_path" and Path(value).is_dir():
+            value = str(Path(value).resolve())
+        plain = value is None or name in shown
+        arguments[name] = value if plain else f"hash:{salted([json.dumps(value).encode()])}"
+    return {
+        "salt": salt,
+        "arguments": arguments,
+        "method_args": vars(method),
+        "pairs_per_step": args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps,
+        "data": {name: {"items": len(items), "hash": salted(items)} for name, items in data.items()},
+    }
+
+
+def changes(saved: dict, current: dict) -> dict[str, str]:
+    """The arguments and data in which two descriptions of `describe_run` differ, each with a phrase for people."""
+
+    def phrase(name: str, before: object, now: object) -> str:
+        if any(isinstance(value, str) and value.startswith("hash:") for value in (before, now)):
+            return f"{name} is another"
+        return f"{name} was {before} and is {now}"
+
+    found = {}
+    for prefix, part in (("--", "arguments"), ("--method_args ", "method_args")):
+        for name in dict.fromkeys([*saved[part], *current[part]]):
+            before, now = saved[part].get(name), current[part].get(name)
+            if before != now:
+                found[name] = phrase(prefix + name, before, now)
+    if saved["pairs_per_step"] != current["pairs_per_step"]:
+        before, now = saved["pairs_per_step"], current["pairs_per_step"]
+        found["pairs_per_step"] = (
+            f"a step had {before} pairs and has {now} (processes x --train_batch_size x --gradient_accumulation_steps)"
+        )
+    for name, now in current["data"].items():
+        before = saved["data"].get(name, {"items": 0, "hash": None})
+        if before["hash"] != now["hash"]:
+            found[name] = f"the {name} are others ({before['items']} then, {now['items']} now)"
+    return found
+
+
+def find_resumed(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to go on from, chosen by the main process for all; None where there is none to go on from.
+
+    Raises:
+        UsageError: on every process, for one that is not there or not whole.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    found: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
+        except UsageError as error:
+            found[1] = str(error)
+    checkpoint, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise UsageError(problem)
+    if checkpoint is None:
+        accelerator.print("--resume_from_checkpoint latest: no checkpoint yet, starting anew")
+    return checkpoint
+
+
+def check_resumed(args: argparse.Namespace, checkpoint: Path, run: dict) -> None:
+    """
+    Raises:
+        UsageError: where the run differs from the one that made the checkpoint, without --allow_changes.
+    """
+    found = changes(read_json(checkpoint / "state.json")["run"], run)
+    fixed = [phrase for name, phrase in found.items() if name in FIXED_ARGUMENTS]
+    if fixed:
+        raise UsageError(
+            f"--resume_from_checkpoint: {'; '.join(fixed)}, which {checkpoint.name} cannot be read with; use the old"
+            " value, or start anew in another --output_dir"
+        )
+    if found and not args.allow_changes:
+        raise UsageError(
+            f"--resume_from_checkpoint: {checkpoint.name} is of another run: {'; '.join(found.values())}; use the old"
+            " values, or add --allow_changes to go on with the new ones"
+        )
+
+
 def initial_state() -> dict[str, int | float]:
     """The progress of a run, saved with its checkpoints. There is no random state, for draws are keyed by their window;
     windows count the skipped steps too, so that a skipped step is not tried again with the same draws."""
@@ -112,16 +312,22 @@ def initial_state() -> dict[str, int | float]:
 def save_training_state(
     folder: Path,
     accelerator: Accelerator,
+    run: dict,
     state: dict[str, int | float],
     thresholds: torch.Tensor | None,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     ema_model: EMAModel | None,
 ) -> None:
-    """Everything of a checkpoint but the weights."""
+    """Everything of a checkpoint but the weights. There is no random state of any rank, for draws are keyed.
+
+    Args:
+        run: from `describe_run`.
+    """
     save_state(
         folder,
         {
+            "run": run,
             "progress": state,
             "thresholds": thresholds,
             "optimizer": optimizer.state_dict(),
@@ -139,10 +345,19 @@ def restore_training_state(
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     ema_model: EMAModel | None,
 ) -> None:
-    """The inverse of `save_training_state`, from `load_state`, for what is not returned by it plainly."""
-    optimizer.load_state_dict(saved["optimizer"])
-    lr_scheduler.load_state_dict(saved["lr_scheduler"])
-    if accelerator.scaler is not None:
+    """The inverse of `save_training_state`, from `load_state`, for what is not returned by it plainly.
+
+    Hyperparameters of the optimizer and the schedule stay those of the arguments: they are the saved ones, or were
+    changed on purpose.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+    lr_scheduler.load_state_dict(saved["lr_scheduler"] | {"base_lrs": lr_scheduler.base_lrs})
+    factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
+    lr_scheduler._last_lr = [rate * factor for rate, factor in zip(lr_scheduler.base_lrs, factors)]
+    for group, learning_rate in zip(optimizer.param_groups, lr_scheduler._last_lr):
+        group["lr"] = learning_rate
+    if accelerator.scaler is not None and saved["scaler"] is not None:
         accelerator.scaler.load_state_dict(saved["scaler"])
     if ema_model is not None:
         ema_model.load_state_dict(saved["ema"])
@@ -160,6 +375,7 @@ class StepLog:
         self.accelerator = accelerator
         self.state = state
         self.path = Path(args.output_dir) / "train_log.jsonl"
+        self.non_finite: dict[str, list[int]] = {}  # of the steps skipped in a row
         self.progress_bar = tqdm(
             total=args.max_train_steps,
             initial=state["global_step"],
@@ -170,23 +386,49 @@ class StepLog:
             for path in (self.path, self.path.with_name("validation_log.jsonl")):
                 truncate_json_lines(path, state["global_step"])
 
-    def skip(self) -> None:
-        """Count a step whose gradients were not finite.
+    def skip(self, stats: StepStats) -> None:
+        """Count and report a step whose gradients were not finite.
 
         Raises:
-            RuntimeError: after `--max_skipped_steps` of them in a row.
+            RunError: with a diagnosis, after `--max_skipped_steps` of them in a row.
         """
         self.state["skipped_steps"] += 1
         self.state["skipped_in_a_row"] += 1
+        for side, timesteps in stats.non_finite.items():
+            self.non_finite.setdefault(side, []).extend(timesteps)
+        if self.accelerator.is_main_process:
+            in_a_row = self.state["skipped_in_a_row"]
+            logger.warning(f"Skipped a step, its gradients were not finite ({in_a_row} in a row)")
         if self.state["skipped_in_a_row"] >= self.args.max_skipped_steps:
-            raise RuntimeError(
-                f"the gradients of {self.state['skipped_in_a_row']} steps in a row were not finite; lower"
-                " --learning_rate or --forget_scale, or use bf16 instead of fp16"
-            )
+            raise RunError(self._diagnosis())
+
+    def _diagnosis(self) -> str:
+        gathered: dict[str, list[int]] = {}
+        for part in gather_object([self.non_finite]) if self.accelerator.num_processes > 1 else [self.non_finite]:
+            for side, timesteps in part.items():
+                gathered.setdefault(side, []).extend(timesteps)
+        precision = self.accelerator.mixed_precision
+        what = " and ".join(
+            f"the {side} loss was not finite at timesteps {min(found)} to {max(found)} ({len(found)} rows)"
+            for side, found in gathered.items()
+        )
+        if not what:
+            what = "every loss was finite and only gradients were not"
+        if precision == "fp16":
+            cure = "fp16 overflows here: use --mixed_precision bf16 or no"
+        elif self.state["global_step"] == 0:
+            cure = "no step was taken before, so look at the starting model and the images first"
+        else:
+            cure = "lower --learning_rate or --forget_scale, or leave out these timesteps by --timestep_range"
+        return (
+            f"the gradients of {self.state['skipped_in_a_row']} steps in a row were not finite, after"
+            f" {self.state['global_step']} good ones, in precision {precision}: {what}; {cure}"
+        )
 
     def write(self, stats: StepStats, learning_rate: float, seconds: float, **more: float) -> None:
         """Count and log a step that was taken."""
         self.state["skipped_in_a_row"] = 0
+        self.non_finite = {}
         self.state["global_step"] += 1
         self.state["one_sided_steps"] += stats.one_sided and self.args.forget_scaling in ("relative", "norm", "nash")
         self.state["train_seconds"] += seconds
@@ -231,6 +473,7 @@ def start_trackers(args: argparse.Namespace, accelerator: Accelerator, project_n
 
 
 def write_report(
+    folder: Path,
     args: argparse.Namespace,
     accelerator: Accelerator,
     method: Method,
@@ -246,7 +489,7 @@ def write_report(
         superfactor = args.forget_scale * counts["keep"] / max(counts["forget"], counts["train"] - counts["keep"])
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
     write_json(
-        Path(args.output_dir) / "unlearning.json",
+        folder / "unlearning.json",
         {
             "method": method.name,
             "method_args": vars(method),
