@@ -49,7 +49,6 @@ from siss_diffusers.data import (
 )
 from siss_diffusers.draws import ADAPTER, MODEL, SUBSET, keyed_generator, torch_seed
 from siss_diffusers.errors import UsageError, run
-from siss_diffusers.hub import push
 from siss_diffusers.lora import ATTENTION_PROJECTIONS, LORA_FILE, add_lora, check_target_modules, load_lora, save_lora
 from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES, CopyDetectors, copy_statistics, for_detectors
 from siss_diffusers.metrics.sampling import sample_prompts
@@ -63,11 +62,13 @@ from siss_diffusers.training import (
     check_resumed,
     describe_run,
     find_resumed,
+    finish,
     initial_state,
     log_sample_images,
     log_validation,
     make_accelerator,
     make_optimizer,
+    prepare_repository,
     restore_training_state,
     save_training_state,
     start_trackers,
@@ -279,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
         check_target_modules(unet_config, args.lora_target_modules)
 
     accelerator = make_accelerator(args)
+    repo_id = prepare_repository(args, accelerator)
     device = accelerator.device
 
     # The data: what to keep, what to forget. Everything that can be wrong with it is found here.
@@ -637,14 +639,7 @@ def main(argv: list[str] | None = None) -> None:
 
         save_result(output_dir, write_result, last=LORA_FILE if args.use_lora else "model_index.json")
         logger.info(f"Saved the {'adapter' if args.use_lora else 'unlearned pipeline'} to {output_dir}")
-    stop_signal.close()
-    if accelerator.is_main_process:
-        if args.push_to_hub:
-            repo_id = push(
-                output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
-            )
-            logger.info(f"Pushed to {repo_id}")
-    accelerator.end_training()
+    finish(args, accelerator, stop_signal, repo_id)
 
 
 def cli() -> None:

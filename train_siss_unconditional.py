@@ -41,7 +41,6 @@ from siss_diffusers.data import (
 )
 from siss_diffusers.draws import MODEL, torch_seed
 from siss_diffusers.errors import UsageError, run
-from siss_diffusers.hub import push
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
 from siss_diffusers.metrics.sampling import sample_images
 from siss_diffusers.receipt import write_receipt
@@ -52,11 +51,13 @@ from siss_diffusers.training import (
     check_resumed,
     describe_run,
     find_resumed,
+    finish,
     initial_state,
     log_sample_images,
     log_validation,
     make_accelerator,
     make_optimizer,
+    prepare_repository,
     restore_training_state,
     save_training_state,
     start_trackers,
@@ -175,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     resolution = check_model_config(args, model_config)
 
     accelerator = make_accelerator(args)
+    repo_id = prepare_repository(args, accelerator)
 
     # The data: what to keep, what to forget. Everything that can be wrong with it is found here.
     transform = ImageTransform(
@@ -432,14 +434,7 @@ def main(argv: list[str] | None = None) -> None:
 
         save_result(output_dir, write_result, last="model_index.json")
         logger.info(f"Saved the unlearned pipeline to {output_dir}")
-    stop_signal.close()
-    if accelerator.is_main_process:
-        if args.push_to_hub:
-            repo_id = push(
-                output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
-            )
-            logger.info(f"Pushed to {repo_id}")
-    accelerator.end_training()
+    finish(args, accelerator, stop_signal, repo_id)
 
 
 def cli() -> None:

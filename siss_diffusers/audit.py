@@ -7,7 +7,7 @@ match among them. A prompt is flagged where it exceeds every one of the ordinary
 
 import argparse
 import csv
-import json
+import os
 from math import inf, isfinite
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from siss_diffusers.arguments import positive_int
 from siss_diffusers.checkpoints import write_json
-from siss_diffusers.data import ImageTransform
+from siss_diffusers.data import ImageTransform, load_rows, read_image, reason
 from siss_diffusers.errors import UsageError
 from siss_diffusers.metrics.copies import correlation, for_detectors
 from siss_diffusers.metrics.noise_norm import TextNoiseNorms, first_noise_norm, mean_noise_norm
@@ -29,6 +29,7 @@ from siss_diffusers.pipelines import (
     load_stable_diffusion,
     on_all_processes,
     read_prompts,
+    read_state,
     sample_batch,
     warn_of_long_prompts,
 )
@@ -87,13 +88,10 @@ def gather_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 def read_captions(args: argparse.Namespace) -> list[str]:
     import datasets
 
-    try:
-        rows = datasets.load_dataset(args.dataset_name, split="train", cache_dir=args.cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UsageError(f"--dataset_name: {args.dataset_name} cannot be loaded ({str(error).splitlines()[0]})")
-    if args.caption_column not in rows.features:
+    rows = load_rows("--dataset_name", args.dataset_name, cache_dir=args.cache_dir)
+    if not isinstance(rows.features.get(args.caption_column), datasets.Value):
         raise UsageError(
-            f"--caption_column: {args.dataset_name} has no column {args.caption_column!r}, only"
+            f"--caption_column: {args.dataset_name} has no column of texts {args.caption_column!r}, only"
             f" {', '.join(rows.features)}"
         )
     return [caption for caption in rows[args.caption_column] if isinstance(caption, str)]
@@ -114,11 +112,9 @@ def load_training_images(folder: str, side: int) -> tuple[list[str], Tensor]:
     pictures = []
     for file in files:
         try:
-            with Image.open(file) as image:
-                image.load()
-                pictures.append(for_detectors(transform(image)[None] / 2 + 0.5)[0])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UsageError(f"--train_data_dir: cannot read {file} ({error}); repair or remove it")
+            pictures.append(for_detectors(transform(read_image(file))[None] / 2 + 0.5)[0])
+        except ValueError as error:
+            raise UsageError(f"--train_data_dir: cannot read {file} ({reason(error)}); repair or remove it")
     return [file.relative_to(folder).as_posix() for file in files], torch.stack(pictures)
 
 
@@ -216,7 +212,7 @@ def check_settings(args: argparse.Namespace, output_dir: Path) -> dict:
     settings |= {"model": args.pretrained_model_name_or_path, "adapter": args.adapter, "images": args.train_data_dir}
     file = output_dir / "settings.json"
     if file.exists():
-        found = json.loads(file.read_text())
+        found = read_state("--output_dir", file)
         differing = [name for name in settings if found.get(name) != settings[name]]
         if differing:
             raise UsageError(
@@ -239,12 +235,12 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError("--rank_by self_similarity needs --num_samples of at least 2")
     output_dir = Path(args.output_dir)
     settings = check_settings(args, output_dir)
-    if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
-        raise UsageError(f"--train_data_dir: no folder {args.train_data_dir}")
+    if args.train_data_dir is not None and not os.path.isdir(args.train_data_dir):
+        raise UsageError(f"--train_data_dir: no folder {args.train_data_dir or repr(args.train_data_dir)}")
     check_stable_diffusion(
         args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", cache_dir=args.cache_dir
     )
-    side = load_resolution(args, args.pretrained_model_name_or_path)
+    side = load_resolution(args, args.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
     training = None if args.train_data_dir is None else load_training_images(args.train_data_dir, side)
     state = PartialState()
     pipeline = load_stable_diffusion(
@@ -262,8 +258,8 @@ def main(args: argparse.Namespace) -> None:
         name, prompt = numbered
         file = output_dir / "prompts" / f"{name}.json"
         if file.exists():
-            row = json.loads(file.read_text())
-            if row["prompt"] == prompt:
+            row = read_state("--output_dir", file)
+            if row.get("prompt") == prompt:
                 return row
         row = {"number": name, "prompt": prompt} | measure(pipeline, prompt, args, training)
         save_grid(output_dir / "samples" / f"{name}.png", row.pop("images"))

@@ -1,28 +1,32 @@
-"""The console script `siss`: `siss audit`, `siss curate`, `siss evaluate`."""
+"""The console script `siss`: `siss audit`, `siss curate`, `siss evaluate`, `siss push`."""
 
 from importlib.util import find_spec
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from siss_diffusers import audit, curate, evaluate
+from siss_diffusers import audit, curate, evaluate, hub
 from siss_diffusers.arguments import Parser
 from siss_diffusers.errors import UsageError, run
 
 
-COMMANDS = {"audit": audit, "curate": curate, "evaluate": evaluate}
+COMMANDS = {"audit": audit, "curate": curate, "evaluate": evaluate, "push": hub}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="siss",
-        description="Find what a diffusion model memorized, build the set to forget, and measure that it is gone.",
+        description=(
+            "Find what a diffusion model memorized, build the set to forget, measure that it is gone, and publish."
+        ),
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = module.__doc__.splitlines()[0]
         module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
     args = parser.parse_args(argv)
+    if args.command == "push":
+        return hub.main(args)
     for package, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("scipy", "scipy")):
         if find_spec(package) is None:
             raise UsageError(f"`siss {args.command}` needs {name}: pip install 'siss_diffusers[eval]'")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from siss_diffusers.arguments import positive_int, unit_float
 from siss_diffusers.checkpoints import write_json
+from siss_diffusers.data import read_image, reason, to_channels
 from siss_diffusers.errors import UsageError
 from siss_diffusers.metrics.clusters import memorized_cluster, split_clusters
 from siss_diffusers.metrics.features import extract, load_torchscript, pixel_features
@@ -26,6 +27,7 @@ from siss_diffusers.pipelines import (
     load_stable_diffusion,
     on_all_processes,
     read_prompts,
+    read_state,
     sample_batch,
     warn_of_long_prompts,
 )
@@ -78,6 +80,18 @@ def image_name(prompt_index: int, index: int) -> str:
     return f"prompt{prompt_index:03d}_{index:04d}.png"
 
 
+def open_picture(file: Path, flag: str) -> Image.Image:
+    """In three channels.
+
+    Raises:
+        UsageError: where it cannot be read.
+    """
+    try:
+        return to_channels(read_image(file), 3)
+    except ValueError as error:
+        raise UsageError(f"{flag}: cannot read {file} ({reason(error)}); repair or remove it")
+
+
 def load_picture(file: Path, flag: str) -> Tensor:
     """`(3, H, W)` in [0, 1].
 
@@ -86,11 +100,7 @@ def load_picture(file: Path, flag: str) -> Tensor:
     """
     from torchvision.transforms.functional import to_tensor
 
-    try:
-        with Image.open(file) as image:
-            return to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"{flag}: cannot read {file} ({error})")
+    return to_tensor(open_picture(file, flag))
 
 
 def save_picture(image: Tensor, file: Path) -> None:
@@ -106,7 +116,16 @@ def read_metadata(folder: Path) -> list[dict]:
     file = folder / "metadata.jsonl"
     if not file.exists():
         raise UsageError(f"--output_dir: no metadata.jsonl in {folder}; run `siss curate` with --prompts first")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        for row in rows:
+            name, forget = row["file_name"], row["forget"]
+            # The name becomes part of other files' names.
+            if not name or Path(name).name != name or not isinstance(forget, bool):
+                raise ValueError(f"not a file beside it and true or false: {name!r}, {forget!r}")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UsageError(f"--output_dir: {file} is not what `siss curate` wrote ({reason(error)}); repair it")
+    return rows
 
 
 def write_metadata(folder: Path, rows: list[dict]) -> None:
@@ -153,9 +172,8 @@ def draw_contact_sheets(output_dir: Path, rows: list[dict]) -> None:
         draw = ImageDraw.Draw(sheet)
         for index, row in enumerate(shown):
             x, y = index % COLUMNS * cell + 8, index // COLUMNS * (cell + 10) + 6
-            with Image.open(output_dir / "images" / row["file_name"]) as image:
-                image = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-                sheet.paste(image, (x, y))
+            image = open_picture(output_dir / "images" / row["file_name"], "--output_dir")
+            sheet.paste(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC), (x, y))
             if row["forget"]:
                 draw.rectangle((x - 3, y - 3, x + THUMBNAIL + 2, y + THUMBNAIL + 2), outline=(220, 30, 30), width=3)
             number = row["file_name"].rpartition("_")[2].removesuffix(".png")
@@ -167,7 +185,10 @@ def flagged_prompts(folder: str) -> list[str]:
     file = Path(folder) / "audit.json"
     if not file.exists():
         raise UsageError(f"--audit: no audit.json in {folder}; run `siss audit` first")
-    prompts = [row["prompt"] for row in json.loads(file.read_text())["prompts"] if row["flagged"]]
+    try:
+        prompts = [str(row["prompt"]) for row in read_state("--audit", file)["prompts"] if row["flagged"]]
+    except (KeyError, TypeError):
+        raise UsageError(f"--audit: {file} is not what `siss audit` wrote; run it again")
     if not prompts:
         raise UsageError(f"--audit: no prompt in {folder} is flagged; name the prompts by --prompts")
     return prompts
@@ -196,7 +217,8 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[str], dict]:
     settings |= {"model": args.pretrained_model_name_or_path, "prompts": prompts}
     file = Path(args.output_dir) / "curation.json"
     if file.exists():
-        found = json.loads(file.read_text())["settings"]
+        found = read_state("--output_dir", file).get("settings")
+        found = found if isinstance(found, dict) else {}
         differing = [name for name in settings if found.get(name) != settings[name]]
         if differing:
             raise UsageError(
@@ -225,7 +247,7 @@ def main(args: argparse.Namespace) -> None:
         extractor = load_torchscript(args.feature_extractor, "--feature_extractor")
     name, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
     check_stable_diffusion(name, flag, cache_dir=args.cache_dir)
-    load_resolution(args, name)
+    load_resolution(args, name, flag)
     output_dir, state = Path(args.output_dir), PartialState()
     samples_dir, images_dir = output_dir / "samples", output_dir / "images"
     pipeline = load_stable_diffusion(args, name, flag)

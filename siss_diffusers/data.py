@@ -2,18 +2,23 @@
 
 import argparse
 import hashlib
+import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
 from itertools import count, islice
 from pathlib import Path
 from typing import Protocol
 
 import datasets
+import huggingface_hub
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import torchvision.transforms.functional as TF
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import load_dataset
@@ -29,6 +34,48 @@ from siss_diffusers.methods import Method
 
 # ReTrack searches the neighbours of a forget image among at most this many keep images.
 MAX_NEIGHBOR_CANDIDATES = 10_000
+# A picture of a pixel by a million is a file of nothing, until its shorter side is resized to 512.
+MAX_RESIZED_PIXELS = 100_000_000
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line, with its kind where that is needed to understand it."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__} {line}".strip()
+
+
+@cache
+def image_formats() -> list[str]:
+    """All but EPS: Pillow has Ghostscript run such a file, and it is a program."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """A picture of which only the header is read, from a file or its bytes.
+
+    Raises:
+        Exception: of any kind, for Pillow does not say of which.
+    """
+    if isinstance(source, bytes):
+        return Image.open(BytesIO(source), formats=image_formats())
+    if not os.path.isfile(source):  # a pipe would never end
+        raise FileNotFoundError("it is not there, or no regular file")
+    return Image.open(source, formats=image_formats())
+
+
+def read_image(source: str | Path | bytes) -> Image.Image:
+    """The whole picture, decoded.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    try:
+        with open_image(source) as image:
+            image.load()
+            return image
+    except Exception as error:
+        raise ValueError(reason(error)) from error
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
@@ -71,9 +118,16 @@ class ImageTransform:
     interpolation: str = "bilinear"
 
     def __call__(self, image: Image.Image, generator: np.random.Generator | None = None) -> Tensor:
-        """`(C, resolution, resolution)` float32 in [-1, 1]; without a generator nothing is random."""
+        """`(C, resolution, resolution)` float32 in [-1, 1]; without a generator nothing is random.
+
+        Raises:
+            ValueError: for a picture that cannot be used.
+        """
+        if max(image.size) / max(min(image.size), 1) * self.resolution**2 > MAX_RESIZED_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too narrow to resize; crop it")
         if self.preserve_input_precision and image.mode.startswith("I;16"):
-            picture = TF.convert_image_dtype(TF.pil_to_tensor(image), torch.float32).expand(self.channels, -1, -1)
+            levels = torch.from_numpy(np.asarray(image).astype(np.uint16))
+            picture = TF.convert_image_dtype(levels, torch.float32).expand(self.channels, -1, -1)
         else:
             picture = to_channels(image, self.channels)
         picture = TF.resize(picture, self.resolution, TF.InterpolationMode(self.interpolation))
@@ -114,11 +168,18 @@ class Images:
         return list(self.rows[column])
 
     def all_square(self) -> bool:
-        """Whether cropping has nothing to choose; reads headers only."""
-        for cell in self.rows[self.column]:
-            with Image.open(cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"])) as image:
-                if image.width != image.height:
-                    return False
+        """Whether cropping has nothing to choose; reads headers only.
+
+        Raises:
+            UsageError: naming the file, where it cannot be read.
+        """
+        for index, cell in enumerate(self.rows[self.column]):
+            try:
+                with open_image(source_of(cell)) as image:
+                    if image.width != image.height:
+                        return False
+            except Exception as error:
+                raise self._unreadable(index, reason(error))
         return True
 
     def open(self, index: int) -> Image.Image:
@@ -127,13 +188,10 @@ class Images:
         Raises:
             UsageError: naming the file, where it cannot be read.
         """
-        cell = self.rows[index][self.column]
         try:
-            with Image.open(cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"])) as image:
-                image.load()
-                return image
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UsageError(f"{self.flag}: cannot read {self._name(index)} ({error}); repair or remove it")
+            return read_image(source_of(self.rows[index][self.column]))
+        except ValueError as error:
+            raise self._unreadable(index, str(error))
 
     def load(self, index: int, generator: np.random.Generator | None = None) -> Tensor:
         """`(C, H, W)` float32 in [-1, 1]; without a generator nothing is random."""
@@ -141,7 +199,7 @@ class Images:
         try:
             return self.transform(image, generator)
         except ValueError as error:
-            raise UsageError(f"{self.flag}: cannot use {self._name(index)}: {error}")
+            raise UsageError(f"{self.flag}: cannot use {self._name(index)}: {reason(error)}")
 
     def digest(self, index: int) -> bytes:
         """Identifies the decoded pixels, whatever the file format. Also proves that the image can be used."""
@@ -154,25 +212,112 @@ class Images:
     def _name(self, index: int) -> str:
         return self.rows[index][self.column]["path"] or f"image {index}"
 
+    def _unreadable(self, index: int, why: str) -> UsageError:
+        return UsageError(f"{self.flag}: cannot read {self._name(index)} ({why}); repair or remove it")
+
+
+def source_of(cell: dict) -> str | bytes:
+    """What is in a cell of a column `datasets.Image(decode=False)`."""
+    return cell["path"] if cell["bytes"] is None else cell["bytes"]
+
+
+def check_declared_files(flag: str, folder: str) -> None:
+    """The data card of a local data set may name its files: only those within it.
+
+    Raises:
+        UsageError: for any others, before `datasets` looks for them.
+    """
+    for name in (datasets.config.REPOCARD_FILENAME, datasets.config.REPOYAML_FILENAME):
+        file = Path(folder, name)
+        if not file.is_file():
+            continue
+        try:
+            card = huggingface_hub.metadata_load(file) if name.endswith(".md") else yaml.safe_load(file.read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UsageError(f"{flag}: cannot read {file} ({reason(error)}); repair or remove it")
+        configs = card.get("configs") if isinstance(card, dict) else None
+        for config in configs if isinstance(configs, list) else []:
+            for declared in declared_files(config):
+                if "://" in declared or os.path.isabs(declared) or ".." in Path(declared).parts:
+                    raise UsageError(
+                        f"{flag}: {file} names {declared}, which lies outside of {folder}; remove it there"
+                    )
+
+
+def declared_files(config: object) -> Iterator[str]:
+    """`data_files` and `data_dir` of a configuration in a data card: a pattern, or a list of patterns or of splits."""
+    if isinstance(config, dict):
+        files = config.get("data_files")
+        found = [config.get("data_dir"), *(files if isinstance(files, list) else [files])]
+        for item in found:
+            paths = item.get("path") if isinstance(item, dict) else item
+            yield from (path for path in (paths if isinstance(paths, list) else [paths]) if isinstance(path, str))
+
+
+def load_rows(
+    flag: str, name: str, config_name: str | None = None, cache_dir: str | None = None, image_folder: bool = False
+) -> datasets.Dataset:
+    """The split `train` of a data set, or of a folder of images with or without metadata. No image is read.
+
+    Raises:
+        UsageError: for anything that cannot be loaded.
+    """
+    try:
+        if image_folder:
+            return load_dataset("imagefolder", data_dir=name, cache_dir=cache_dir, split="train")
+        check_declared_files(flag, name)
+        return load_dataset(name, config_name, cache_dir=cache_dir, split="train")
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the parsers make of a broken file
+        cause = error.__cause__ or error  # what went wrong while generating, not that it did
+        raise UsageError(f"{flag}: {name or repr(name)} cannot be loaded ({reason(cause)})") from error
+
+
+def check_image_paths(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[str]) -> None:
+    """Every image must be a file below one of `roots`, by its name (symbolic links may lead anywhere), or in the data.
+
+    Raises:
+        UsageError: for any other, before one is read.
+    """
+    cells = rows.data.column(column)
+    paths = pc.struct_field(cells, "path")
+    missing = pc.index(pc.and_(pc.is_null(paths), pc.is_null(pc.struct_field(cells, "bytes"))), True).as_py()
+    if missing >= 0:
+        raise UsageError(f"{flag}: row {missing} has no image; remove it, or name its file in the metadata")
+    paths = paths.filter(pc.is_null(pc.struct_field(cells, "bytes")))
+    roots = tuple({os.path.join(way(root), "") for root in roots for way in (os.path.abspath, os.path.realpath)})
+    for root in roots:
+        below = pc.and_(pc.starts_with(paths, root), pc.invert(pc.match_substring(paths, "..")))
+        paths = paths.filter(pc.invert(below))
+    for path in paths.to_pylist():
+        if "::" in path:
+            raise UsageError(f"{flag}: {path} lies in an archive; unpack it")
+        if ".." in Path(path).parts or not os.path.abspath(path).startswith(roots):
+            raise UsageError(f"{flag}: {path} lies outside of the data set; copy or link it there")
+
 
 def load_image_rows(args: argparse.Namespace, flag: str, folder: str | None) -> datasets.Dataset:
     """The rows of an image folder, or of --dataset_name where `folder` is None, their images not yet decoded."""
-    if folder is not None and not Path(folder).is_dir():
-        raise UsageError(f"{flag}: no folder {folder}")
-    try:
-        if folder is not None:
-            rows = load_dataset("imagefolder", data_dir=folder, cache_dir=args.cache_dir, split="train")
-        else:
-            rows = load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error  # what went wrong while generating, not that it did
-        raise UsageError(
-            f"{flag}: no images could be loaded from {folder or args.dataset_name} ({str(cause).splitlines()[0]})"
-        )
+    if folder is not None and not os.path.isdir(folder):
+        raise UsageError(f"{flag}: no folder {folder or repr(folder)}")
+    source, config_name = (args.dataset_name, args.dataset_config_name) if folder is None else (folder, None)
+    rows = load_rows(flag, source, config_name, args.cache_dir, image_folder=folder is not None)
     column = args.image_column if folder is None or folder == args.train_data_dir else "image"
     if not isinstance(rows.features.get(column), datasets.Image):
         raise UsageError(f"--image_column: {flag} has no image column {column!r}, only {', '.join(rows.features)}")
-    return rows.cast_column(column, datasets.Image(decode=False))
+    # No others that would be decoded with every row.
+    plain = (datasets.Value, datasets.ClassLabel)
+    kept = [
+        name
+        for name, feature in rows.features.items()
+        if name == column or isinstance(getattr(feature, "feature", feature), plain)
+    ]
+    rows = rows.select_columns(kept).cast_column(column, datasets.Image(decode=False))
+    downloads = (args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
+    roots = [source] if os.path.isdir(source) else [str(root) for root in downloads if root]
+    check_image_paths(rows, column, flag, roots)
+    return rows
 
 
 def digest_images(
@@ -521,4 +666,12 @@ def planned_rows(sampler: WindowSampler, num_windows: int, seed: int, which: int
 
 def window_loader(pairs: PairDataset, sampler: WindowSampler, num_workers: int = 0) -> DataLoader:
     """Batches of `pairs` in the order of `sampler`, as dictionaries of the tensors of a `Query`."""
-    return DataLoader(pairs, batch_sampler=sampler, num_workers=num_workers)
+    return DataLoader(
+        pairs, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=ignore_signals if num_workers else None
+    )
+
+
+def ignore_signals(_: int) -> None:
+    """What a terminal or a scheduler sends to every process is for the main process, which stops its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

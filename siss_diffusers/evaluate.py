@@ -6,6 +6,7 @@ means and how far it can be trusted.
 """
 
 import argparse
+import os
 import re
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ from siss_diffusers.arguments import (
 from siss_diffusers.checkpoints import write_json
 from siss_diffusers.data import Images, ImageTransform, load_captions, split_data
 from siss_diffusers.errors import UsageError
+from siss_diffusers.hub import weights_digest
 from siss_diffusers.metrics.clip import QUALITY_PROMPTS, Clip, clip_iqa, clip_score
 from siss_diffusers.metrics.clusters import CopyCluster
 from siss_diffusers.metrics.copies import (
@@ -52,11 +54,15 @@ from siss_diffusers.metrics.sampling import sample_images, sample_prompts
 from siss_diffusers.metrics.sharpness import sharpness
 from siss_diffusers.noising import GaussianPath
 from siss_diffusers.pipelines import (
+    ONLY_PICKLES,
+    PICKLES,
     add_sampling_arguments,
+    check_safetensors,
     encode,
     load_pipeline_class,
     load_resolution,
     load_stable_diffusion,
+    loading,
     on_all_processes,
     read_prompts,
     warn_of_long_prompts,
@@ -399,10 +405,11 @@ class Unconditional(Model):
             self.skipped[name] = "the model is unconditional: there is no text"
 
     @staticmethod
-    def load(args: argparse.Namespace, where: str):
+    def load(args: argparse.Namespace, name: str, where: str):
         from diffusers import DDPMPipeline
 
-        pipeline = DDPMPipeline.from_pretrained(where, cache_dir=args.cache_dir)
+        with loading(where, flag_of(name)):
+            pipeline = DDPMPipeline.from_pretrained(where, cache_dir=args.cache_dir, use_safetensors=True)
         pipeline.unet.to(PartialState().device)
         return pipeline
 
@@ -421,7 +428,7 @@ class Unconditional(Model):
         return torch.cat(on_all_processes(batch, range(0, count, self.args.batch_size), progress))
 
     def measure(self, name: str, where: str) -> tuple[dict, dict[str, Tensor]]:
-        args, pipeline = self.args, self.load(self.args, where)
+        args, pipeline = self.args, self.load(self.args, name, where)
         path = GaussianPath.from_scheduler(pipeline.scheduler)
         device = PartialState().device
         images = self.sample(pipeline, args.num_samples, f"Samples, {name}")
@@ -509,7 +516,7 @@ class StableDiffusion(Model):
 
     def load(self, name: str, where: str):
         flag = flag_of(name)
-        if name != "base" and is_adapter(where):
+        if name != "base" and is_adapter(where, flag):
             pipeline = load_stable_diffusion(self.args, self.args.base, "--base", adapter=where, adapter_flag=flag)
         else:
             pipeline = load_stable_diffusion(self.args, where, flag)
@@ -647,10 +654,15 @@ def flag_of(name: str) -> str:
     return f"--{name}" if name in ("base", "unlearned") else "--also"
 
 
-def is_adapter(where: str) -> bool:
-    """Whether a folder or a repository on the Hub holds LoRA weights and no pipeline."""
+def is_adapter(where: str, flag: str) -> bool:
+    """Whether a folder or a repository on the Hub holds LoRA weights and no pipeline.
+
+    Raises:
+        UsageError: for weights that are pickles.
+    """
+    check_safetensors(where, flag)
     folder = Path(where)
-    if folder.is_dir():
+    if os.path.isdir(where):
         return not (folder / "model_index.json").exists() and any(folder.glob("*lora*.safetensors"))
     from huggingface_hub import list_repo_files
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -659,7 +671,12 @@ def is_adapter(where: str) -> bool:
         files = list_repo_files(where)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
         return False
-    return "model_index.json" not in files and any("lora" in name and name.endswith(".safetensors") for name in files)
+    found = [name for name in files if "lora" in name and name.endswith((".safetensors", *PICKLES))]
+    if "model_index.json" in files or not found:
+        return False
+    if not any(name.endswith(".safetensors") for name in found):
+        raise UsageError(f"{flag}: {where} {ONLY_PICKLES.format(found[0])}")
+    return True
 
 
 def check_arguments(args: argparse.Namespace) -> tuple[dict[str, str], bool]:
@@ -689,7 +706,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[dict[str, str], bool]:
             if getattr(args, name) != defaults.get_default(name):
                 raise UsageError(f"--{name} is for Stable Diffusion, and {args.base} is a {pipeline_class}")
     for name, where in models.items():
-        if name != "base" and stable_diffusion and is_adapter(where):
+        if name != "base" and stable_diffusion and is_adapter(where, flag_of(name)):
             continue
         if load_pipeline_class(where, flag_of(name), cache_dir=args.cache_dir) != pipeline_class:
             raise UsageError(f"{flag_of(name)}: {where} is no {pipeline_class}, as the base is")
@@ -706,9 +723,10 @@ def choose_size(args: argparse.Namespace, stable_diffusion: bool) -> tuple[int, 
     from diffusers import UNet2DModel
 
     if stable_diffusion:
-        return 3, load_resolution(args, args.base)
-    config = UNet2DModel.load_config(args.base, subfolder="unet", cache_dir=args.cache_dir)
-    return config["in_channels"], config["sample_size"]
+        return 3, load_resolution(args, args.base, "--base")
+    with loading(args.base, "--base"):
+        config = UNet2DModel.load_config(args.base, subfolder="unet", cache_dir=args.cache_dir)
+        return config["in_channels"], config["sample_size"]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -743,6 +761,7 @@ def main(args: argparse.Namespace) -> None:
                 for name, flags in evaluation.detectors.flags(evaluation.keep).items()
             },
             "forget_images": len(evaluation.references),
+            "unlearned_weights": weights_digest(Path(args.unlearned)) if os.path.isdir(args.unlearned) else None,
             "data": counts,
             "num_inference_steps": args.num_inference_steps,
             "guidance_scale": args.guidance_scale if stable_diffusion else None,

@@ -3,7 +3,10 @@
 import argparse
 import logging
 import math
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from siss_diffusers.arguments import natural_number, non_negative_float, positive_int
+from siss_diffusers.checkpoints import read_json
+from siss_diffusers.data import reason
 from siss_diffusers.errors import UsageError
 from siss_diffusers.metrics.sampling import sample_prompts
 
@@ -22,6 +27,15 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 logger = logging.getLogger(__name__)
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+ONLY_PICKLES = (
+    "holds its weights as pickles ({}), which can run code when they are read; save them as safetensors in a place that"
+    " you trust, by loading and `save_pretrained(..., safe_serialization=True)`, or name a revision that has them"
+)
+OWN_CODE = (
+    "brings code of its own ({}), which is never run; use a model made of the classes of diffusers and transformers"
+)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -43,18 +57,79 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> 
     )
 
 
+def check_safetensors(name: str | Path, flag: str) -> None:
+    """Of a local folder, of a pipeline or of one model, that the weights to be read are no pickles.
+
+    Raises:
+        UsageError: naming the file that is one.
+    """
+    folder = Path(name)
+    if os.path.isfile(name):
+        folders = [folder] if folder.suffix in PICKLES else []
+    elif os.path.isfile(folder / "model_index.json"):
+        folders = [folder / part for part in ("unet", "vae", "text_encoder")]
+    else:
+        folders = [folder]
+    for part in folders:
+        files = [part] if os.path.isfile(part) else sorted(part.iterdir()) if os.path.isdir(part) else []
+        pickles = [file for file in files if file.suffix in PICKLES]
+        if pickles and not any(file.suffix == ".safetensors" for file in files):
+            raise UsageError(f"{flag}: {name} {ONLY_PICKLES.format(pickles[0].name)}")
+
+
+def check_components(config: dict, name: str, flag: str) -> None:
+    """
+    Raises:
+        UsageError: for a pipeline, by its model_index.json, of anything but classes of the libraries.
+    """
+    from diffusers import pipelines
+
+    if isinstance(config["_class_name"], list):
+        raise UsageError(f"{flag}: {name} {OWN_CODE.format('pipeline ' + '.'.join(map(str, config['_class_name'])))}")
+    for component, value in config.items():
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and component[0] != "_":
+            if value[0] not in ("diffusers", "transformers") and not hasattr(pipelines, value[0]):
+                raise UsageError(f"{flag}: {name} {OWN_CODE.format(f'{component} of {value[0]}')}")
+
+
+@contextmanager
+def loading(name: str | Path, flag: str) -> Iterator[None]:
+    """Inside, a model or its configuration is read from a folder or the Hub, by `use_safetensors=True`.
+
+    Raises:
+        UsageError: in one sentence, for pickles, for code, and for whatever else is wrong with the files.
+    """
+    try:
+        check_safetensors(name, flag)
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the libraries make of a broken file
+        if "custom code" in str(error) or "trust_remote_code" in str(error):
+            raise UsageError(f"{flag}: {name} {OWN_CODE.format(reason(error))}") from error
+        hint = ""
+        if re.search(r"safetensors.*(found|weights)|file named .*safetensors", str(error)):
+            hint = "; pickles are not read, for they can run code"
+        raise UsageError(f"{flag}: {name} cannot be loaded ({reason(error)}){hint}") from error
+
+
 def load_pipeline_class(name: str, flag: str, **where: str | None) -> str:
     """The class of a pipeline, from its configuration.
 
     Raises:
-        UsageError: where there is no pipeline.
+        UsageError: where there is no pipeline, or one that is not to be read.
     """
     from diffusers import DiffusionPipeline
 
+    check_safetensors(name, flag)
     try:
-        return DiffusionPipeline.load_config(name, **where)["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{flag}: {name} is no diffusers pipeline ({str(error).splitlines()[0]})")
+        config = DiffusionPipeline.load_config(name, **where)
+        check_components(config, name, flag)
+        return config["_class_name"]
+    except UsageError:
+        raise
+    except Exception as error:  # whatever is there instead
+        raise UsageError(f"{flag}: {name} is no diffusers pipeline ({reason(error)})") from error
 
 
 def check_stable_diffusion(name: str, flag: str, **where: str | None) -> None:
@@ -85,15 +160,16 @@ def choose_resolution(resolution: int | None, unet_config: dict, vae_config: dic
     return resolution
 
 
-def load_resolution(args: argparse.Namespace, name: str) -> int:
+def load_resolution(args: argparse.Namespace, name: str, flag: str) -> int:
     """`choose_resolution` of a pipeline, from its configurations."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    unet_config, vae_config = (
-        model.load_config(name, subfolder=subfolder, cache_dir=args.cache_dir)
-        for model, subfolder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-    )
-    return choose_resolution(args.resolution, unet_config, vae_config)
+    with loading(name, flag):
+        unet_config, vae_config = (
+            model.load_config(name, subfolder=subfolder, cache_dir=args.cache_dir)
+            for model, subfolder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+        )
+        return choose_resolution(args.resolution, unet_config, vae_config)
 
 
 def load_stable_diffusion(
@@ -112,24 +188,26 @@ def load_stable_diffusion(
     from transformers.utils import logging as transformers_logging
 
     check_stable_diffusion(name, flag, cache_dir=args.cache_dir)
+    if adapter is not None:
+        check_safetensors(adapter, adapter_flag)
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
         # A warning about a long prompt would print it.
         library.set_verbosity_error()
     device = PartialState().device
     # No safety checker: a picture that it blacks out could not be compared.
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        name,
-        dtype=getattr(torch, args.dtype),
-        cache_dir=args.cache_dir,
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
+    with loading(name, flag):
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            name,
+            dtype=getattr(torch, args.dtype),
+            cache_dir=args.cache_dir,
+            safety_checker=None,
+            requires_safety_checker=False,
+            use_safetensors=True,
+        )
     if adapter is not None:
-        try:
-            pipeline.load_lora_weights(adapter, cache_dir=args.cache_dir)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(f"{adapter_flag}: {adapter} cannot be loaded into {name} ({str(error).splitlines()[0]})")
+        with loading(adapter, adapter_flag):
+            pipeline.load_lora_weights(adapter, cache_dir=args.cache_dir, use_safetensors=True)
     pipeline.to(device)
     if device.type == "cpu":
         pipeline.unet.to(memory_format=torch.channels_last)  # faster there
@@ -175,6 +253,21 @@ def on_all_processes(function: Callable, items: Sequence, progress: str | None =
     if state.num_processes > 1:
         found = sorted(gather_object(found), key=lambda pair: pair[0])
     return [result for _, result in found]
+
+
+def read_state(flag: str, file: Path) -> dict:
+    """A JSON file that an earlier command left.
+
+    Raises:
+        UsageError: where it cannot be read.
+    """
+    try:
+        found = read_json(file)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{flag}: cannot read {file} ({reason(error)}); remove it")
+    return found
 
 
 def read_prompts(flag: str, prompts: Sequence[str] | None, file: str | None) -> list[str]:

@@ -8,11 +8,12 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 import diffusers
@@ -42,10 +43,13 @@ from siss_diffusers.checkpoints import (
 )
 from siss_diffusers.errors import Interrupted, RunError, UsageError
 from siss_diffusers.gradients import StepStats
+from siss_diffusers.hub import again, check_repo_id, create_repository, push
 from siss_diffusers.methods import Method
 
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # A launcher sends on what the terminal has already sent to all processes: no second signal before so many seconds.
 SECOND_SIGNAL_SECONDS = 1.0
@@ -255,6 +259,54 @@ def changes(saved: dict, current: dict) -> dict[str, str]:
     return found
 
 
+def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """What `function` returns on the main process, on all of them.
+
+    Raises:
+        UsageError: on all of them, where it does on the main process.
+    """
+    found: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = function()
+        except UsageError as error:
+            found[1] = str(error)
+    result, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise UsageError(problem)
+    return result
+
+
+def prepare_repository(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+    """Create the repository of --push_to_hub, for a token that does not work must not show after the training.
+
+    Raises:
+        UsageError: on every process, naming the flag.
+    """
+    if not args.push_to_hub:
+        return None
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    check_repo_id(repo_id, "--hub_model_id")
+    return on_main_process(accelerator, lambda: create_repository(repo_id, args.hub_token, args.hub_private_repo))
+
+
+def finish(args: argparse.Namespace, accelerator: Accelerator, stop_signal: StopSignal, repo_id: str | None) -> None:
+    """After the result is saved: publish it, unless a signal asked to stop.
+
+    Raises:
+        Interrupted: where one did.
+        RunError: where the upload fails.
+    """
+    stop_signal.close()
+    output_dir = Path(args.output_dir)
+    accelerator.end_training()
+    if repo_id is not None and accelerator.is_main_process:
+        if stop_signal.received is not None:
+            print(f"Saved and not pushed, for a signal came first: {again(output_dir, repo_id)}")
+            raise Interrupted(stop_signal.received)
+        logger.info(push(output_dir, repo_id, args.hub_token))
+
+
 def find_resumed(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
     """The checkpoint to go on from, chosen by the main process for all; None where there is none to go on from.
 
@@ -263,15 +315,9 @@ def find_resumed(args: argparse.Namespace, accelerator: Accelerator) -> Path | N
     """
     if args.resume_from_checkpoint is None:
         return None
-    found: list = [None, None]
-    if accelerator.is_main_process:
-        try:
-            found[0] = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
-        except UsageError as error:
-            found[1] = str(error)
-    checkpoint, problem = broadcast_object_list(found)
-    if problem is not None:
-        raise UsageError(problem)
+    checkpoint = on_main_process(
+        accelerator, lambda: find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
+    )
     if checkpoint is None:
         accelerator.print("--resume_from_checkpoint latest: no checkpoint yet, starting anew")
     return checkpoint
@@ -487,10 +533,13 @@ def write_report(
     if args.forget_scaling == "fixed":
         # The paper's s for the same coefficient, c = s k / (n - k), with k counting the duplicates.
         superfactor = args.forget_scale * counts["keep"] / max(counts["forget"], counts["train"] - counts["keep"])
+    # The name of a folder may tell more than it should.
+    base_model = args.pretrained_model_name_or_path
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
     write_json(
         folder / "unlearning.json",
         {
+            "base_model": None if Path(base_model).exists() else base_model,
             "method": method.name,
             "method_args": vars(method),
             "forget_scaling": args.forget_scaling,

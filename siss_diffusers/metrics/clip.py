@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siss_diffusers.errors import UsageError
+from siss_diffusers.pipelines import loading
 
 
 # What every CLIP was trained with.
@@ -28,12 +28,11 @@ class Clip:
     def __init__(self, name: str, device: torch.device, flag: str, cache_dir: str | None = None) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
-        try:
-            self.model = CLIPModel.from_pretrained(name, cache_dir=cache_dir).to(device).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(f"{flag}: {name} is no CLIP model that can be loaded ({str(error).splitlines()[0]})")
-        self.device = device
+        with loading(name, flag):
+            model = CLIPModel.from_pretrained(name, cache_dir=cache_dir, use_safetensors=True)
+            # Left unsaid, a repository that brings code would have the user asked whether to run it.
+            self.tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
+        self.model, self.device = model.to(device).eval(), device
 
     @torch.no_grad()
     def of_images(self, images: Tensor, batch_size: int) -> Tensor:

@@ -17,6 +17,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def load_torchscript(path: str | Path, flag: str) -> torch.jit.ScriptModule:
     """The network in a TorchScript file, on the CPU, in evaluation mode and without gradients.
 
+    Such a file is a program, though of tensors and not of Python; a file of `torch.save` is refused and not unpickled.
+
     Args:
         flag: the option that named the file, for the message.
 
