@@ -1,15 +1,21 @@
 import json
+import os
+import shutil
 
 import pytest
 import torch
 
 from siss_diffusers.checkpoints import (
+    MANIFEST,
     append_json_line,
+    damage,
     find_checkpoint,
     list_checkpoints,
     load_state,
     save_checkpoint,
+    save_result,
     save_state,
+    tidy,
     truncate_json_lines,
 )
 from siss_diffusers.errors import RunError, UsageError
@@ -68,3 +74,102 @@ def test_lines_of_steps_to_be_done_again_are_dropped(tmp_path):
         append_json_line(path, {"step": step})
     truncate_json_lines(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_kill_in_the_middle_of_a_line_costs_that_line_only(tmp_path):
+    path = tmp_path / "train_log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    truncate_json_lines(path, 5)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def save(folder, step, total_limit=None):
+    state = {"step": step, "tensor": torch.arange(1000) + step}
+    return save_checkpoint(folder, step, lambda path: save_state(path, state), total_limit)
+
+
+def truncated(checkpoint):
+    os.truncate(checkpoint / "state.safetensors", 100)
+
+
+def missing(checkpoint):
+    (checkpoint / "state.json").unlink()
+
+
+def flipped(checkpoint):
+    content = bytearray((checkpoint / "state.safetensors").read_bytes())
+    content[-9] ^= 1
+    (checkpoint / "state.safetensors").write_bytes(content)
+
+
+def zeroed(checkpoint):
+    """As some file systems leave a file after a loss of power."""
+    size = (checkpoint / "state.json").stat().st_size
+    (checkpoint / "state.json").write_bytes(bytes(size))
+
+
+def without_manifest(checkpoint):
+    (checkpoint / MANIFEST).unlink()
+
+
+def torn_manifest(checkpoint):
+    os.truncate(checkpoint / MANIFEST, 20)
+
+
+@pytest.mark.parametrize("tear", [truncated, missing, flipped, zeroed, without_manifest, torn_manifest])
+def test_latest_passes_over_what_is_torn_and_says_so(tear, tmp_path, caplog):
+    for step in (2, 4):
+        save(tmp_path, step)
+    tear(tmp_path / "checkpoint-4")
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
+    assert "checkpoint-4 is passed over" in caplog.text
+    with pytest.raises(UsageError, match="not whole"):
+        find_checkpoint(tmp_path, "checkpoint-4")
+    tidy(tmp_path, tmp_path / "checkpoint-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_going_back_sets_later_checkpoints_aside(tmp_path):
+    """Or `latest` would mean one of the run that was given up, and rotation would remove the new ones first."""
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    tidy(tmp_path, tmp_path / "checkpoint-2")
+    save(tmp_path, 3, total_limit=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-3",
+        "superseded-checkpoint-4",
+        "superseded-checkpoint-6",
+    ]
+    assert damage(tmp_path / "superseded-checkpoint-4") is None
+
+
+def test_what_a_kill_left_unfinished_is_removed(tmp_path):
+    save(tmp_path, 2)
+    for name in ("tmp-checkpoint-4", "tmp-removed-checkpoint-1", "tmp-result"):
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name)
+    (tmp_path / "tmp-mine").mkdir()
+    tidy(tmp_path, tmp_path / "checkpoint-2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "tmp-mine"]
+
+
+def test_a_result_replaces_the_one_before_as_a_whole(tmp_path):
+    def write(content):
+        def into(folder):
+            (folder / "unet").mkdir()
+            (folder / "unet" / content).write_text(content)
+            (folder / "model_index.json").write_text(content)
+
+        return into
+
+    save_result(tmp_path, write("old"), last="model_index.json")
+    save_result(tmp_path, write("new"), last="model_index.json")
+    assert [path.name for path in (tmp_path / "unet").iterdir()] == ["new"]
+
+    def fail(folder):
+        write("half")(folder)
+        raise OSError("No space left on device")
+
+    with pytest.raises(RunError, match="result could not be written.*start again"):
+        save_result(tmp_path, fail, last="model_index.json")
+    assert (tmp_path / "model_index.json").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_index.json", "unet"]

@@ -334,3 +334,31 @@ def test_a_pixel_that_is_not_a_number_skips_the_step(scaling):
     query.keep[0, 0, 0, 0] = torch.nan
     gradients = PairedGradients(net.parameters(), scaling_rule(scaling, 0.3))
     assert gradients.compute([SISS().rows(query)], predictor(net)).skipped
+
+
+@pytest.mark.parametrize("scaling", ["relative", "norm", "fixed"])
+def test_a_skipped_step_tells_which_rows_were_not_finite(scaling):
+    net, query = TinyNet(), draw_query()
+    engine = PairedGradients(net.parameters(), METHODS["siss"]().rule(scaling_rule(scaling, 0.3)))
+    rows = METHODS["siss"]().rows(query)
+
+    def predict(rows):
+        output = net(rows.noisy, rows.timesteps)
+        return torch.where(rows.timesteps[:, None, None, None] > 500, torch.inf, output)
+
+    stats = engine.compute([rows], predict)
+    assert stats.skipped
+    late = rows.timesteps > 500
+    expected = {"keep": rows.timesteps[late & (rows.keep_weight != 0)]}
+    expected["forget"] = rows.timesteps[late & (rows.forget_weight != 0)]
+    assert stats.non_finite == {side: sorted(timesteps.tolist()) for side, timesteps in expected.items()}
+    assert engine.compute([rows], predictor(net)).non_finite == {}
+
+
+@pytest.mark.parametrize("scaling", ["relative", "norm", "fixed"])
+def test_a_wish_to_stop_comes_back_with_the_gradients(scaling):
+    net = TinyNet()
+    engine = PairedGradients(net.parameters(), METHODS["siss"]().rule(scaling_rule(scaling, 0.3)))
+    rows = METHODS["siss"]().rows(draw_query())
+    assert engine.compute([rows], predictor(net), stop=True).stop
+    assert not engine.compute([rows], predictor(net)).stop

@@ -336,7 +336,7 @@ def test_uploaded_bytes_hide_nothing(session):
     sent = session.hub.uploaded_bytes()
     assert WEIGHTS in sent  # in one piece, though sent in four
     assert PUBLISHED["unlearning.json"] in sent  # base64 in the commit
-    assert CARD in sent  # a JSON string, with its line ends
+    assert b"---\nbase_model: /home/me/x\n---\n" in sent  # a JSON string; sent to be validated, and no further
     assert b"authorization: Bearer hf_read" in sent
     assert b"POST /api/models/founder/model/preupload/main" in sent
     assert b"first.txt" not in sent  # what was seeded was not uploaded
@@ -379,21 +379,21 @@ def test_a_client_that_goes_away_within_a_commit_makes_none():
 
 
 def test_of_many_commits_on_one_parent_one_is_made():
-    with HubServer(TOKENS) as hub:
+    path, switch_interval = "/api/models/founder/race/commit/main", sys.getswitchinterval()
+    with HubServer(TOKENS) as hub, ThreadPoolExecutor(16) as pool:
         header = {"summary": "x", "description": "", "parentCommit": hub.add_repo("founder/race", {"a.txt": b"a"})}
-        bodies = [
-            "\n".join(json.dumps(line) for line in (
-                {"key": "header", "value": header},
-                {"key": "file", "value": {"path": f"{index}.txt", "content": "eA==", "encoding": "base64"}},
-            )).encode()
-            for index in range(16)
-        ]  # fmt: skip
-        with ThreadPoolExecutor(16) as pool:
-            answered = list(pool.map(lambda body: send(hub, "/api/models/founder/race/commit/main", body)[0], bodies))
+        files = [{"path": f"{index}.txt", "content": "eA==", "encoding": "base64"} for index in range(300)]
+        lines = [{"key": "header", "value": header}] + [{"key": "file", "value": value} for value in files]
+        body = "\n".join(map(json.dumps, lines)).encode()
+        try:
+            sys.setswitchinterval(1e-5)  # threads meet within a commit
+            answered = list(pool.map(lambda _: send(hub, path, body)[0], range(16)))
+        finally:
+            sys.setswitchinterval(switch_interval)
         assert sorted(answered) == [200] + 15 * [412]
-        assert len(hub.files("founder/race")) == 2
+        assert [len(commit.files) for commit in hub.commits("founder/race")] == [1, 301]
         assert len(hub.requests) == 16
-        assert send(hub, "/api/models/founder/race/commit/main", b"{not json")[0] == 400
+        assert send(hub, path, b"{not json")[0] == 400
         hub.fail("POST", "commit", 500)
         hub.reset()
         assert (hub.repos, hub.requests, hub.faults) == ({}, [], [])

@@ -193,9 +193,12 @@ class TestAdapter:
         assert torch.nn.utils.get_total_norm(moments).item() / 0.1 == pytest.approx(0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "8bit"])
 def test_resume_is_the_uninterrupted_run_bit_for_bit(kind, full_args, tmp_path):
     flags = full_args | {"--max_train_steps": "4", "--checkpointing_steps": "2", "--calibrate_forgetting": None}
+    if kind == "8bit":
+        pytest.importorskip("bitsandbytes")
+        flags |= {"--use_8bit_adam": None}
     flags |= {"--use_lora": None, "--lora_dropout": "0.2"} if kind == "lora" else {"--use_ema": None}
     main(to_argv(flags))
     whole, resumed = tmp_path / "out", tmp_path / "resumed"
