@@ -53,7 +53,7 @@ from siss_diffusers.lora import ATTENTION_PROJECTIONS, LORA_FILE, add_lora, chec
 from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES, CopyDetectors, copy_statistics, for_detectors
 from siss_diffusers.metrics.sampling import sample_prompts
 from siss_diffusers.noising import min_snr_weight
-from siss_diffusers.pipelines import check_stable_diffusion, choose_resolution
+from siss_diffusers.pipelines import check_stable_diffusion, choose_resolution, loading
 from siss_diffusers.receipt import write_receipt
 from siss_diffusers.training import (
     StepLog,
@@ -210,11 +210,9 @@ def load_configs(args: argparse.Namespace) -> tuple[dict, dict]:
             raise UsageError(f"{flag}: {name} is an adapter; name the pipeline that it was trained on")
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
     check_stable_diffusion(name, flag, **where)
-    try:
+    with loading(name, flag):
         unet_config = UNet2DConditionModel.load_config(name, subfolder="unet", **where)
         vae_config = AutoencoderKL.load_config(name, subfolder="vae", **where)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{flag}: {name} is incomplete ({str(error).splitlines()[0]})")
     if unet_config["in_channels"] != vae_config["latent_channels"]:
         raise UsageError(
             f"{flag}: the UNet takes {unet_config['in_channels']} channels and the VAE makes"
@@ -327,14 +325,12 @@ def main(argv: list[str] | None = None) -> None:
         dtype=torch.float32,
         **where,
     )
-    try:
+    with loading(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"):
         pipeline = load_pipeline()
         if args.non_ema_revision is not None:
             pipeline.unet = UNet2DConditionModel.from_pretrained(
                 args.pretrained_model_name_or_path, subfolder="unet", revision=args.non_ema_revision, **where
             )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--pretrained_model_name_or_path: {str(error).splitlines()[0]}")
     vae, text_encoder, unet = pipeline.vae, pipeline.text_encoder, pipeline.unet
     vae.requires_grad_(False).to(device)
     text_encoder.requires_grad_(False).to(device)
@@ -470,7 +466,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.use_lora:
             load_lora(unet, checkpoint)
         else:
-            unet.load_state_dict(UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet").state_dict())
+            unet.load_state_dict(
+                UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", use_safetensors=True).state_dict()
+            )
         restore_training_state(saved, accelerator, optimizer, lr_scheduler, ema_model)
         if ema_model is not None:
             ema_model.to("cpu" if args.offload_ema else device)

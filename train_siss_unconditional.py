@@ -43,6 +43,7 @@ from siss_diffusers.draws import MODEL, torch_seed
 from siss_diffusers.errors import UsageError, run
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
 from siss_diffusers.metrics.sampling import sample_images
+from siss_diffusers.pipelines import check_safetensors, loading
 from siss_diffusers.receipt import write_receipt
 from siss_diffusers.training import (
     StepLog,
@@ -128,6 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_model_config(args: argparse.Namespace) -> dict:
     """The configuration of the UNet, before any weights are read."""
+    check_safetensors(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
     for subfolder in ("unet", None):
         try:
             config = UNet2DModel.load_config(
@@ -203,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         neighbors = nearest_neighbors(keep, forget, method.num_neighbors, candidates)
 
     # The model
-    try:
+    with loading(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"):
         pipeline = DiffusionPipeline.from_pretrained(
             args.pretrained_model_name_or_path,
             revision=args.revision,
@@ -211,8 +213,6 @@ def main(argv: list[str] | None = None) -> None:
             cache_dir=args.cache_dir,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--pretrained_model_name_or_path: {str(error).splitlines()[0]}")
     model = pipeline.unet.float()
     overrides = {
         "prediction_type": args.prediction_type,
@@ -274,7 +274,9 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(f"Resuming from {checkpoint.name}")
         saved = load_state(checkpoint)
         state, thresholds = saved["progress"], saved["thresholds"]
-        unet.load_state_dict(UNet2DModel.from_pretrained(checkpoint, subfolder="unet").state_dict())
+        unet.load_state_dict(
+            UNet2DModel.from_pretrained(checkpoint, subfolder="unet", use_safetensors=True).state_dict()
+        )
         restore_training_state(saved, accelerator, optimizer, lr_scheduler, ema_model)
         if ema_model is not None:
             ema_model.to(accelerator.device)

@@ -13,7 +13,7 @@ import torch
 
 from siss_diffusers.calibration import CALIBRATED_SCALE, DEFAULT_QUANTILE
 from siss_diffusers.combine import DEFAULT_SCALE, FORGET_SCALINGS, Rule, scaling_rule
-from siss_diffusers.errors import UsageError
+from siss_diffusers.errors import UsageError, one_line
 from siss_diffusers.methods import METHODS, Method, make_method
 
 
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     """Prints one sentence for a bad argument instead of the usage of a hundred flags."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}; see --help\n")
 
 
 def positive_int(text: str) -> int:
@@ -398,11 +398,15 @@ def check_output_dir(args: argparse.Namespace) -> None:
         UsageError: naming the flags that help. Nothing is removed here.
     """
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
+    try:
+        is_file = output_dir.exists() and not output_dir.is_dir()
+    except OSError as error:
+        raise UsageError(f"--output_dir cannot be used ({error.strerror}); name another folder")
+    if is_file:
         raise UsageError(f"--output_dir: {output_dir} is a file; name a folder")
     for flag in ("pretrained_model_name_or_path", "train_data_dir", "forget_data_dir"):
         given = getattr(args, flag)
-        if given is not None and Path(given).is_dir():
+        if given is not None and os.path.isdir(given):
             source, target = Path(given).resolve(), output_dir.resolve()
             if source == target or target in source.parents:
                 raise UsageError(f"--output_dir must not be, or contain, --{flag}; name another folder")

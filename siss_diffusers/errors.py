@@ -27,6 +27,11 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
+def one_line(message: str) -> str:
+    """Whatever is in a name that a message quotes: no second line, nothing that a terminal obeys."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
+
+
 def _terminate(number: int, _: object) -> NoReturn:
     raise Interrupted(number)
 
@@ -38,7 +43,7 @@ def run(main: Callable[[], None], program: str) -> NoReturn:
         main()
     except (UsageError, RunError) as error:
         if os.environ.get("RANK", "0") == "0":  # every process finds the same fault; one says so
-            print(f"{program}: error: {error}", file=sys.stderr)
+            print(f"{program}: error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except Interrupted as error:
         sys.exit(128 + error.signal_number)

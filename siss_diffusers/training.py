@@ -220,7 +220,7 @@ def describe_run(
     for name, value in vars(args).items():
         if name in free:
             continue
-        if name == "pretrained_model_name_or_path" and Path(value).is_dir():
+        if name == "pretrained_model_name_or_path" and os.path.isdir(value):
             value = str(Path(value).resolve())
         plain = value is None or name in shown
         arguments[name] = value if plain else f"hash:{salted([json.dumps(value).encode()])}"
@@ -539,7 +539,7 @@ def write_report(
     write_json(
         folder / "unlearning.json",
         {
-            "base_model": None if Path(base_model).exists() else base_model,
+            "base_model": None if os.path.exists(base_model) else base_model,
             "method": method.name,
             "method_args": vars(method),
             "forget_scaling": args.forget_scaling,

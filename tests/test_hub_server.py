@@ -5,12 +5,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import hub_server
 import pytest
 from hub_server import HubServer
 
@@ -20,6 +22,7 @@ import siss_diffusers
 TINY_MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_ddpm_digits"
 TOKENS = {"hf_write": "founder", "hf_read": ("founder", "read"), "hf_other": "eve"}
 PART_SIZE = 100_000
+NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 WEIGHTS = bytes(range(256)) * 1200  # 307,200 bytes: four parts
 CARD = b"---\nlicense: mit\ntags: [unlearning]\nbase_model: base/tiny\n---\nWhat it is.\n"
 PUBLISHED = {
@@ -177,8 +180,9 @@ def session(tmp_path_factory) -> SimpleNamespace:
         hub.fail("GET", "/founder/model/resolve/.*safetensors", after_bytes=1000)
         for fault in FAULTS.values():
             hub.fail(**fault)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = {name: os.environ[name] for name in os.environ if not name.startswith(("HF_", "TRANSFORMERS_"))}
         environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(work / "home"), "OMP_NUM_THREADS": "1"}
+        environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         command = [sys.executable, "-c", CLIENT, str(work), *FAULTS]
         client = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -345,7 +349,7 @@ def test_uploaded_bytes_hide_nothing(session):
 def send(hub: HubServer, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes, dict]:
     headers = {"Authorization": "Bearer hf_write", "Content-Type": "application/x-ndjson"} | headers
     try:
-        with urllib.request.urlopen(urllib.request.Request(hub.endpoint + path, body, headers)) as response:
+        with NO_PROXY.open(urllib.request.Request(hub.endpoint + path, body, headers)) as response:
             return response.status, response.read(), dict(response.headers)
     except urllib.error.HTTPError as error:
         return error.code, error.read(), dict(error.headers)
@@ -378,22 +382,30 @@ def test_a_client_that_goes_away_within_a_commit_makes_none():
             assert (answered[:15] == b"HTTP/1.1 200 OK", len(hub.commits("founder/model"))) == (commits == 2, commits)
 
 
-def test_of_many_commits_on_one_parent_one_is_made():
-    path, switch_interval = "/api/models/founder/race/commit/main", sys.getswitchinterval()
+def test_of_many_commits_on_one_parent_one_is_made(monkeypatch):
+    """The check of the card, between that of the parent and the commit, takes long enough for all to meet there."""
+    monkeypatch.setattr(hub_server, "card_metadata", lambda readme: time.sleep(0.1))
+    path = "/api/models/founder/race/commit/main"
     with HubServer(TOKENS) as hub, ThreadPoolExecutor(16) as pool:
         header = {"summary": "x", "description": "", "parentCommit": hub.add_repo("founder/race", {"a.txt": b"a"})}
-        files = [{"path": f"{index}.txt", "content": "eA==", "encoding": "base64"} for index in range(300)]
-        lines = [{"key": "header", "value": header}] + [{"key": "file", "value": value} for value in files]
+        file = {"path": "b.txt", "content": "eA==", "encoding": "base64"}
+        lines = [{"key": "header", "value": header}, {"key": "file", "value": file}]
         body = "\n".join(map(json.dumps, lines)).encode()
-        try:
-            sys.setswitchinterval(1e-5)  # threads meet within a commit
-            answered = list(pool.map(lambda _: send(hub, path, body)[0], range(16)))
-        finally:
-            sys.setswitchinterval(switch_interval)
+        answered = list(pool.map(lambda _: send(hub, path, body)[0], range(16)))
         assert sorted(answered) == [200] + 15 * [412]
-        assert [len(commit.files) for commit in hub.commits("founder/race")] == [1, 301]
+        assert [commit.files for commit in hub.commits("founder/race")] == [
+            {"a.txt": b"a"},
+            {"a.txt": b"a", "b.txt": b"x"},
+        ]
         assert len(hub.requests) == 16
         assert send(hub, path, b"{not json")[0] == 400
-        hub.fail("POST", "commit", 500)
+
+
+def test_reset():
+    with HubServer(TOKENS) as hub:
+        hub.add_repo("founder/model", {"a.txt": b"a"})
+        hub.fail("GET", "model", 500, times=2)
+        assert send(hub, "/api/models/founder/model")[0] == 500
         hub.reset()
         assert (hub.repos, hub.requests, hub.faults) == ({}, [], [])
+        assert send(hub, "/api/models/founder/model")[0] == 404
