@@ -4,6 +4,7 @@ train_text_to_image_lora.py."""
 import argparse
 import gc
 import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -204,9 +205,8 @@ def load_configs(args: argparse.Namespace) -> tuple[dict, dict]:
         UsageError: for anything but a Stable Diffusion 1.x or 2.x text-to-image pipeline.
     """
     flag, name = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    folder = Path(name)
-    if (folder / LORA_FILE).exists() or (folder / "adapter_config.json").exists():
-        if not (folder / "model_index.json").exists():
+    if any(os.path.exists(os.path.join(name, file)) for file in (LORA_FILE, "adapter_config.json")):
+        if not os.path.exists(os.path.join(name, "model_index.json")):
             raise UsageError(f"{flag}: {name} is an adapter; name the pipeline that it was trained on")
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
     check_stable_diffusion(name, flag, **where)

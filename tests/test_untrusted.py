@@ -36,7 +36,6 @@ import train_siss_sd
 import train_siss_unconditional
 from siss_diffusers.arguments import (
     Parser,
-    check_output_dir,
     check_training_arguments,
     check_unlearning_arguments,
 )
