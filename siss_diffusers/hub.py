@@ -209,6 +209,13 @@ def push(
     try:
         if isinstance(card, bytes):
             (run / "README.md").write_bytes(card)
+    except OSError as error:
+        (run / "README.md").unlink(missing_ok=True)
+        raise RunError(
+            f"nothing was uploaded: README.md could not be written ({error.strerror}); free some space and push again"
+            f" by {again(run, repo_id)}"
+        )
+    try:
         address = commit(repo_id, uploads, token)
     except (HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
         raise RunError(

@@ -1,6 +1,7 @@
 """Small real data and the shipped tiny model, for tests that call the scripts as a user would."""
 
 import os
+import signal
 from pathlib import Path
 
 
@@ -25,9 +26,13 @@ NUM_DIGITS, NUM_GARMENTS = 24, 4
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """Accelerate keeps its state for the whole process; the script expects to be alone in one."""
+    """Accelerate keeps its state, and signals their handlers, for the whole process; the script expects to be alone in
+    one."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def write_images(folder: Path, images: dict[str, np.ndarray]) -> Path:

@@ -401,7 +401,7 @@ class TestFaults:
         before = contents(lora_run)
         arguments = ["push", str(lora_run), "--hub_token", TOKEN, "--hub_model_id", REPO]
         child = forker.run("siss", arguments, file_size_limit=1024)
-        assert child.returncode == 1 and "upload failed" in error_of(child), child.output
+        assert child.returncode == 1 and "README.md could not be written" in error_of(child), child.output
         assert contents(lora_run) == before and len(hub.commits(REPO)) == 1
         assert push(forker, lora_run).returncode == 0
 
