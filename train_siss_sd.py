@@ -213,10 +213,11 @@ def load_configs(args: argparse.Namespace) -> tuple[dict, dict]:
     with loading(name, flag):
         unet_config = UNet2DConditionModel.load_config(name, subfolder="unet", **where)
         vae_config = AutoencoderKL.load_config(name, subfolder="vae", **where)
-    if unet_config["in_channels"] != vae_config["latent_channels"]:
+        channels, latent_channels = unet_config["in_channels"], vae_config["latent_channels"]
+        choose_resolution(args.resolution, unet_config, vae_config)
+    if channels != latent_channels:
         raise UsageError(
-            f"{flag}: the UNet takes {unet_config['in_channels']} channels and the VAE makes"
-            f" {vae_config['latent_channels']}; inpainting and other conditioned models are not supported yet"
+            f"{flag}: the UNet takes {channels} channels and the VAE makes {latent_channels}; inpainting and other conditioned models are not supported yet"
         )
     return unet_config, vae_config
 

@@ -43,7 +43,7 @@ from siss_diffusers.draws import MODEL, torch_seed
 from siss_diffusers.errors import UsageError, run
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
 from siss_diffusers.metrics.sampling import sample_images
-from siss_diffusers.pipelines import check_safetensors, loading
+from siss_diffusers.pipelines import load_pipeline_class, loading
 from siss_diffusers.receipt import write_receipt
 from siss_diffusers.training import (
     StepLog,
@@ -129,18 +129,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_model_config(args: argparse.Namespace) -> dict:
     """The configuration of the UNet, before any weights are read."""
-    check_safetensors(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    load_pipeline_class(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", **where)
     for subfolder in ("unet", None):
         try:
             config = UNet2DModel.load_config(
                 args.pretrained_model_name_or_path,
                 subfolder=subfolder,
-                revision=args.revision,
-                cache_dir=args.cache_dir,
+                **where,
             )
         except (OSError, ValueError):
             continue
-        if config.get("_class_name") == "UNet2DModel":
+        if isinstance(config, dict) and config.get("_class_name") == "UNet2DModel":
             return config
     raise UsageError(
         f"--pretrained_model_name_or_path: {args.pretrained_model_name_or_path} is no pipeline with a UNet2DModel"
@@ -175,7 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     check_output_dir(args)
     model_config = load_model_config(args)
-    resolution = check_model_config(args, model_config)
+    with loading(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"):
+        resolution = check_model_config(args, model_config)
 
     accelerator = make_accelerator(args)
     repo_id = prepare_repository(args, accelerator)

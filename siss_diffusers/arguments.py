@@ -41,6 +41,14 @@ def natural_number(text: str) -> int:
     return int(text)
 
 
+def seed_number(text: str) -> int:
+    """What every library that draws takes for a seed."""
+    value = natural_number(text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be below 2^32, not {text}")
+    return value
+
+
 def non_negative_float(text: str) -> float:
     try:
         value = float(text)
@@ -108,7 +116,7 @@ def add_training_arguments(
         "--overwrite_output_dir", action="store_true", help="Replace what an earlier run left in --output_dir."
     )
     parser.add_argument("--cache_dir", type=str, default=None, help="Where downloaded models and data sets are kept.")
-    parser.add_argument("--seed", type=natural_number, default=0, help="Seed of every draw.")
+    parser.add_argument("--seed", type=seed_number, default=0, help="Seed of every draw.")
     parser.add_argument(
         "--resolution", type=positive_int, default=None, help="Images are resized to this; default: the model's own."
     )
@@ -398,6 +406,8 @@ def check_output_dir(args: argparse.Namespace) -> None:
         UsageError: naming the flags that help. Nothing is removed here.
     """
     output_dir = Path(args.output_dir)
+    if not args.output_dir:
+        raise UsageError("--output_dir must not be empty; name a folder")
     try:
         is_file = output_dir.exists() and not output_dir.is_dir()
     except OSError as error:

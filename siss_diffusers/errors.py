@@ -15,8 +15,8 @@ class RunError(RuntimeError):
     """What went wrong in the middle, and what to do: a disk that is full, an upload that failed."""
 
 
-class Interrupted(Exception):
-    """A signal came, and the run has stopped cleanly.
+class Interrupted(BaseException):
+    """A signal came, and the run has stopped cleanly. No Exception, or whoever catches all of them would go on.
 
     Args:
         signal_number: SIGINT or SIGTERM.

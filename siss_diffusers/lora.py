@@ -81,7 +81,7 @@ def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     Raises:
         ValueError: where the file belongs to an adapter of another shape.
     """
-    state, _ = StableDiffusionPipeline.lora_state_dict(folder, weight_name=LORA_FILE)
+    state, _ = StableDiffusionPipeline.lora_state_dict(folder, weight_name=LORA_FILE, use_safetensors=True)
     unet_state = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
     incompatible = set_peft_model_state_dict(unet, unet_state)
     if incompatible.unexpected_keys or len(unet_state) != len(get_peft_model_state_dict(unet)):

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from siss_diffusers.arguments import natural_number, non_negative_float, positive_int
+from siss_diffusers.arguments import non_negative_float, positive_int, seed_number
 from siss_diffusers.checkpoints import read_json
 from siss_diffusers.data import reason
 from siss_diffusers.errors import UsageError
@@ -40,7 +40,7 @@ OWN_CODE = (
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """How samples are made, under the names that the training script uses."""
-    parser.add_argument("--seed", type=natural_number, default=0, help="Seed of the first sample; default: 0.")
+    parser.add_argument("--seed", type=seed_number, default=0, help="Seed of the first sample; default: 0.")
     parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="DDIM steps; default: 50.")
     parser.add_argument(
         "--guidance_scale", type=non_negative_float, default=7.5, help="Classifier-free guidance; default: 7.5."

@@ -51,7 +51,7 @@ from siss_diffusers.pipelines import load_stable_diffusion
 
 SOURCES = [*Path(siss_diffusers.__file__).parent.rglob("*.py")]
 SOURCES += [Path(module.__file__) for module in (train_siss_sd, train_siss_unconditional)]
-BOUNDED = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+BOUNDED = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(autouse=True)
@@ -648,7 +648,7 @@ class TestArguments:
     )
 
     @pytest.mark.parametrize("script", SCRIPTS)
-    @settings(BOUNDED, max_examples=300)
+    @BOUNDED
     @given(data=st.data())
     def test_any_arguments_are_taken_or_refused_in_a_sentence(self, script, data):
         module, calibrate_by_default = SCRIPTS[script]
