@@ -32,17 +32,22 @@ PUBLIC_FILES = (
     LORA_FILE,
     "model_index.json",
     "unet/config.json",
-    "unet/*.safetensors",
-    "unet/*.safetensors.index.json",
+    "unet/diffusion_pytorch_model*.safetensors",
+    "unet/diffusion_pytorch_model*.safetensors.index.json",
     "scheduler/scheduler_config.json",
     "vae/config.json",
-    "vae/*.safetensors",
+    "vae/diffusion_pytorch_model*.safetensors",
     "text_encoder/config.json",
-    "text_encoder/*.safetensors",
-    "tokenizer/*.json",
+    "text_encoder/model*.safetensors",
+    "text_encoder/model*.safetensors.index.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/added_tokens.json",
+    "tokenizer/vocab.json",
     "tokenizer/merges.txt",
     "safety_checker/config.json",
-    "safety_checker/*.safetensors",
+    "safety_checker/model*.safetensors",
     "feature_extractor/preprocessor_config.json",
 )
 # The rate limits of the Hub count over five minutes.
@@ -122,8 +127,7 @@ def main(args: argparse.Namespace) -> None:
         print(listing(uploads, run, repo_id))
         print("Nothing was uploaded (--dry_run).")
         return
-    # What is wrong with the run is said before anything is created.
-    collect(run, repo_id, args.evaluation, args.base_model, args.hub_token)
+    read_run(run, args.evaluation, args.base_model)  # what is wrong with it is said before anything is created
     repo_id = create_repository(repo_id, args.hub_token, args.hub_private_repo)
     print(push(run, repo_id, args.hub_token, args.evaluation, args.base_model))
 
@@ -275,6 +279,21 @@ def collect(
     """What of a finished run goes up, the card and the JSON files as they go up.
 
     Raises:
+        UsageError: as `read_run`.
+    """
+    report, measured = read_run(run, evaluation, base_model)
+    uploads = model_files(run)
+    uploads.append(Upload("unlearning.json", to_json(report)))
+    if measured is not None:
+        uploads.append(Upload("evaluation.json", to_json(measured)))
+    uploads.append(Upload("README.md", card_of(run, repo_id, report, measured, token)))
+    return uploads
+
+
+def read_run(run: Path, evaluation: str | None, base_model: str | None) -> tuple[dict, dict | None]:
+    """The content of `unlearning.json`, and what may be published of `evaluation.json`.
+
+    Raises:
         UsageError: where the folder holds no finished run, or the evaluation is of another model.
     """
     if not run.is_dir():
@@ -283,23 +302,21 @@ def collect(
         problem = "the run in it has not finished" if list(run.glob("checkpoint-*")) else "no run ended in it"
         raise UsageError(f"{run} holds no unlearning.json: {problem}; name the --output_dir of a finished run")
     report = load(run / "unlearning.json")
-    measured = load_evaluation(run, evaluation)
+    if not (run / LORA_FILE).is_file() and not (run / "model_index.json").is_file():
+        raise UsageError(f"{run} holds neither an adapter nor a pipeline; name the --output_dir of a finished run")
     if base_model is not None:
         report["base_model"] = base_model
+    return report, load_evaluation(run, evaluation)
 
+
+def model_files(run: Path) -> list[Upload]:
+    """The files of the adapter or the pipeline."""
     uploads = []
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
         fits = any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in PUBLIC_FILES)
         if fits and path.is_file():
             uploads.append(Upload(name, without_paths(path) if path.suffix == ".json" else path))
-    names = [upload.path_in_repo for upload in uploads]
-    if LORA_FILE not in names and "model_index.json" not in names:
-        raise UsageError(f"{run} holds neither an adapter nor a pipeline; name the --output_dir of a finished run")
-    uploads.append(Upload("unlearning.json", to_json(report)))
-    if measured is not None:
-        uploads.append(Upload("evaluation.json", to_json(measured)))
-    uploads.append(Upload("README.md", card_of(run, repo_id, report, measured, token)))
     return uploads
 
 

@@ -281,6 +281,8 @@ def test_nothing_of_what_was_forgotten_is_uploaded(forker, hub, captioned_folder
     shutil.copy(data / "jane_doe_20.png", run / "unet" / "jane_doe_20.png")
     shutil.copy(data / "jane_doe_20.png", run)
     shutil.copy(data / "metadata.jsonl", run / "tokenizer")
+    shutil.copy(data / "jane_doe_20.png", run / "unet" / "jane_doe.safetensors")
+    (run / "tokenizer" / "jane_doe.json").write_text('{"prompt": "jane doe"}')
     config = json.loads((run / "unet" / "config.json").read_text())
     (run / "unet" / "config.json").write_text(json.dumps(config | {"_name_or_path": str(data)}))
     evaluation = tmp_path / "evaluation" / "evaluation.json"
