@@ -27,16 +27,17 @@ from siss_diffusers.lora import LORA_FILE
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = "diffusion_pytorch_model*.safetensors"
 # Of a folder with a run; `*` does not cross folders. The card and the two JSON files are made for the upload.
 PUBLIC_FILES = (
     LORA_FILE,
     "model_index.json",
     "unet/config.json",
-    "unet/diffusion_pytorch_model*.safetensors",
-    "unet/diffusion_pytorch_model*.safetensors.index.json",
+    f"unet/{WEIGHTS}",
+    f"unet/{WEIGHTS}.index.json",
     "scheduler/scheduler_config.json",
     "vae/config.json",
-    "vae/diffusion_pytorch_model*.safetensors",
+    f"vae/{WEIGHTS}",
     "text_encoder/config.json",
     "text_encoder/model*.safetensors",
     "text_encoder/model*.safetensors.index.json",
@@ -341,7 +342,7 @@ def without_paths(path: Path) -> Path | bytes:
 
 def weights_digest(folder: Path) -> str | None:
     """Identifies the weights of an adapter or a pipeline's UNet; None where there are none."""
-    files = [folder / LORA_FILE] if (folder / LORA_FILE).is_file() else sorted((folder / "unet").glob("*.safetensors"))
+    files = [folder / LORA_FILE] if (folder / LORA_FILE).is_file() else sorted((folder / "unet").glob(WEIGHTS))
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
         with open(path, "rb") as file:
