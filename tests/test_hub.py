@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import to_argv
+from conftest import TINY_MODEL, to_argv
 from diffusers import DDPMPipeline, StableDiffusionPipeline
 from forked import Child, Forker
 from hub_server import HubServer
@@ -138,6 +138,7 @@ class TestWhatComesBack:
         assert child.returncode == 0, child.output
         files = hub.files("founder/digits-without")
         assert hub.repos["founder/digits-without"].private
+        assert str(TINY_MODEL).encode() not in hub.uploaded_bytes(), "where the base model was"
         assert files["README.md"] == (tmp_path / "digits-without" / "README.md").read_bytes()
         (tmp_path / "back").mkdir()
         for name, content in files.items():
