@@ -166,6 +166,8 @@ def explain(error: Exception, repo_id: str) -> str:
         return f"the Hub asks for fewer requests (429); wait {f'{seconds} seconds' if seconds else 'a while'}"
     if status is not None:
         return f"the Hub answered {status}: {message}"
+    if isinstance(error, ValueError):
+        return f"it is not accepted ({message})"
     return f"the Hub cannot be reached ({type(error).__name__}: {message})"
 
 
