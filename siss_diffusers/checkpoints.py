@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -152,7 +153,7 @@ def fill(folder: Path, write: Callable[[Path], None]) -> None:
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)  # half of it would only fill the disk
         # safetensors reports a full disk by an exception of its own.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+        if isinstance(error, OSError | SafetensorError):
             saved = [path.name for path in list_checkpoints(folder.parent)]
             rescue = (
                 f"{saved[-1]} is whole: free some space and go on with --resume_from_checkpoint latest"
