@@ -348,8 +348,7 @@ def weights_digest(folder: Path) -> str | None:
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
         with open(path, "rb") as file:
-            while chunk := file.read(2**22):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest() if files else None
 
 

@@ -430,6 +430,15 @@ class TestFaults:
         assert (out / LORA).exists() and (out / "receipt.json").exists()
 
 
+def test_an_adapter_on_the_hub_that_is_a_pickle_is_refused(forker, hub, captioned_folder, tmp_path):  # noqa: F811
+    hub.add_repo("founder/pickled", {"pytorch_lora_weights.bin": b"cos"})
+    flags = {"--base": BASE, "--unlearned": "founder/pickled", "--train_data_dir": str(captioned_folder)}
+    child = forker.run("siss", ["evaluate", *to_argv(flags | {"--output_dir": str(tmp_path / "evaluation")})])
+    assert child.returncode == 2
+    assert "--unlearned: founder/pickled holds its weights as pickles (pytorch_lora_weights.bin)" in error_of(child)
+    assert not [request for request in hub.requests if request.path.endswith("/pytorch_lora_weights.bin")]
+
+
 class TestBeforeTraining:
     """What is wrong with the repository is said before a model is loaded."""
 
