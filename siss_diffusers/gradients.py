@@ -7,6 +7,7 @@ from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from siss_diffusers.combine import Products, Rule
 from siss_diffusers.methods.base import Rows
@@ -29,7 +30,7 @@ class StepStats:
     of losses summed over pixels; None where a scaling rule never forms the quantity.
 
     Args:
-        forget_scale: c of the step `g_keep - c g_forget`, after calibration.
+        forget_scale: c of the step `g_keep - c g_forget`, after calibration; as given, of a step with a lagged one.
         forget_active: share of the forget weight whose loss is still below its threshold; None without thresholds.
         one_sided: no row of the window served the keep side, or none the forget side.
         skipped: a gradient was not finite. The optimizer must not move the weights; see `PairedGradients.compute`.
@@ -49,6 +50,18 @@ class StepStats:
     skipped: bool
     non_finite: dict[str, list[int]]
     stop: bool
+
+
+def split_in_lockstep(rows: Rows) -> Iterator[tuple[Rows, bool, bool]]:
+    """As `split_by_side`, with the same number of groups on every rank: one for each side that the method has. Where no
+    row serves it, one of weight zero does, for each forward and backward of a sharded network waits for all ranks."""
+    for target, weight, serves_keep in (
+        (rows.keep_target, rows.keep_weight, True),
+        (rows.forget_target, rows.forget_weight, False),
+    ):
+        if target is not None:
+            index = (weight != 0).nonzero().flatten()
+            yield rows[index if len(index) else torch.zeros(1, dtype=torch.long)], serves_keep, not serves_keep
 
 
 def split_by_side(rows: Rows) -> Iterator[tuple[Rows, bool, bool]]:
@@ -84,16 +97,24 @@ class PairedGradients:
       second collective. One buffer; rows that serve both sides run forward twice.
     - *single* (constant coefficients): one scalar loss, one buffer, one collective.
 
+    Parameters sharded by FSDP2 (`fully_shard`, `DTensor`) are reduced by FSDP2 itself, in each backward; the buffers hold
+    this rank's shards, and the one collective of a step carries a few numbers. All ranks then need the same number of
+    micro-batches, none of them empty.
+
     Args:
-        parameters: trainable float32 parameters; those that do not require gradients are left out.
+        parameters: trainable float32 parameters; those that do not require gradients are left out. All of them sharded,
+            or none.
         rule: from `Method.rule`.
         thresholds: `(T,)`, the loss per pixel above which a forget row at each index of the path is dropped between
             forward and backward (calibrated forgetting); None for none.
         reduce: sums a flat tensor over all ranks, in place, such as `torch.distributed.all_reduce`; None for one rank.
         scaler: the gradient scaler of fp16. The combined gradient is left scaled, as `scaler.step` expects it.
+        owns_grad: whether `.grad` is the engine's to use. Not under DeepSpeed ZeRO, whose hooks take away what
+            accumulates there: parameters may then be in half precision, `.grad` is left alone, and `surrogate_loss`
+            carries the combined gradient over.
 
     Raises:
-        ValueError: when nothing is trainable, or a trainable parameter is not float32.
+        ValueError: when nothing is trainable, a trainable parameter is not float32, or only some are sharded.
     """
 
     def __init__(
@@ -104,15 +125,21 @@ class PairedGradients:
         thresholds: Tensor | None = None,
         reduce: Callable[[Tensor], object] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        owns_grad: bool = True,
     ) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter requires a gradient")
-        if any(parameter.dtype != torch.float32 for parameter in self.parameters):
+        if owns_grad and any(parameter.dtype != torch.float32 for parameter in self.parameters):
             raise ValueError("trainable parameters must be float32; mixed precision belongs in autocast")
+        sharded = {isinstance(parameter, DTensor) for parameter in self.parameters}
+        if len(sharded) > 1:
+            raise ValueError("some trainable parameters are sharded and some are not; shard the whole network")
+        self.sharded = sharded.pop()
         self.rule = rule
         self.reduce = reduce or (lambda tensor: None)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.owns_grad = owns_grad
         if rule.needs == "products":
             self.mode = "paired"
         elif rule.needs == "forget_norm" or thresholds is not None:
@@ -122,12 +149,21 @@ class PairedGradients:
 
         self.device = self.parameters[0].device
         self.thresholds = None if thresholds is None else thresholds.to(self.device)
-        size = sum(parameter.numel() for parameter in self.parameters)
-        gradients = 2 if self.mode == "paired" else 1
-        self.flat = torch.zeros(gradients * size + len(STATS), device=self.device)
-        self.sums = self.flat[gradients * size :]
-        self.keep = self.flat[:size]
-        self.forget = self.flat[size : 2 * size] if self.mode == "paired" else self.keep
+        # How many ranks hold the same shard (hybrid sharding): a sum over all ranks counts it so many times.
+        self.copies_of_a_shard = 1
+        if self.sharded:
+            mesh, placements = self.parameters[0].device_mesh, self.parameters[0].placements
+            self.copies_of_a_shard = math.prod(
+                mesh.size(dim) for dim, placement in enumerate(placements) if isinstance(placement, Replicate)
+            )
+        size = sum(local(parameter).numel() for parameter in self.parameters)
+        # The keep gradient beside the sums: a step with a lagged scale reduces these two alone.
+        spare = size if self.mode == "paired" else 0
+        self.flat = torch.zeros(spare + size + len(STATS), device=self.device)
+        self.keep_and_sums = self.flat[spare:]
+        self.sums = self.keep_and_sums[size:]
+        self.keep = self.keep_and_sums[:size]
+        self.forget = self.flat[:size]
         self.keep_views = self._views(self.keep)
         self.forget_views = self._views(self.forget)
 
@@ -135,9 +171,13 @@ class PairedGradients:
         # With the strides of the parameter (channels_last), so that autograd adds in place and optimizers may fuse.
         views, offset = [], 0
         for parameter in self.parameters:
-            view = flat[offset : offset + parameter.numel()]
-            views.append(view.as_strided(parameter.shape, parameter.stride()))
-            offset += parameter.numel()
+            part = local(parameter)
+            view = flat[offset : offset + part.numel()].as_strided(part.shape, part.stride())
+            offset += part.numel()
+            if self.sharded:
+                layout = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+                view = DTensor.from_local(view, parameter.device_mesh, parameter.placements, **layout)
+            views.append(view)
         return views
 
     def _fill(self, views: list[Tensor]) -> None:
@@ -148,12 +188,17 @@ class PairedGradients:
         for name, value in sums.items():
             self.sums[STATS.index(name)] += value
 
+    def _reduce(self, gradients: Tensor) -> None:
+        if not self.sharded:
+            self.reduce(gradients)
+
     def compute(
         self,
         window: Sequence[Rows],
         predict: Callable[[Rows], Tensor],
         max_grad_norm: float | None = None,
         stop: bool = False,
+        forget_scale: float | None = None,
     ) -> StepStats:
         """Run forward and backward over a window of micro-batches, combine, clip, and leave the result in `.grad`.
 
@@ -167,61 +212,83 @@ class PairedGradients:
             max_grad_norm: bound of the norm of the combined gradient of losses summed over pixels; None for none.
             stop: this rank was asked to stop after this step, by a signal, say. It travels with the gradients, so that
                 all ranks know of it at the same step without a collective of its own.
+            forget_scale: c, known beforehand (that of an earlier step, say), in place of the rule's: the step is then
+                that of one scalar loss, as in the mode *single*. Rows above their thresholds are dropped as ever.
         """
+        if self.mode == "single":
+            return self._compute_single(window, predict, max_grad_norm, stop, self.rule(UNKNOWN))
+        if forget_scale is not None:
+            return self._compute_single(window, predict, max_grad_norm, stop, (1.0, -forget_scale))
         self.flat.zero_()
-        self.row_losses = []
-        self._add(ranks=1, stop=float(stop))
-        for rows in window:
-            self._add(pairs=rows.num_pairs, keep_weight=rows.keep_weight.sum(), forget_weight=rows.forget_weight.sum())
+        self._count(window, stop)
         if self.mode == "forget_first":
             return self._compute_forget_first(window, predict, max_grad_norm)
 
         for rows in window:
-            if self.mode == "single":
-                self._single_backward(rows, predict)
-            else:
-                for group, serves_keep, serves_forget in split_by_side(rows):
-                    self._backward(group, predict, serves_keep, serves_forget)
-        self.reduce(self.flat)
+            for group, serves_keep, serves_forget in split_in_lockstep(rows) if self.sharded else split_by_side(rows):
+                self._backward(group, predict, serves_keep, serves_forget)
+        self._reduce(self.flat)
+        sums, unit, squares = self._read(window, inner_products(self.keep, self.forget))
+        products = Products(*squares)
+        finite = all(map(math.isfinite, squares))
+        coefficients = self._calibrated(products, sums) if finite else (1.0, 0.0)
+        squared_norm = combined_square(products, coefficients) if finite else math.nan
+        return self._finish(sums, unit, products, coefficients, squared_norm, -coefficients[1], max_grad_norm)
 
-        if self.mode == "single":
-            # The combination is linear and already done: the buffer holds c_keep g_keep + c_forget g_forget.
-            sums, unit, (squared_norm,) = self._read(window, inner_products(self.keep))
-            products, coefficients, forget_scale = UNKNOWN, (1.0, 0.0), -self.rule(UNKNOWN)[1]
-        else:
-            sums, unit, squares = self._read(window, inner_products(self.keep, self.forget))
-            products = Products(*squares)
-            finite = all(map(math.isfinite, squares))
-            coefficients = self._calibrated(products, sums) if finite else (1.0, 0.0)
-            squared_norm = combined_square(products, coefficients) if finite else math.nan
-            forget_scale = -coefficients[1]
-        return self._finish(sums, unit, products, coefficients, squared_norm, forget_scale, max_grad_norm)
+    def _compute_single(
+        self,
+        window: Sequence[Rows],
+        predict: Callable[[Rows], Tensor],
+        max_grad_norm: float | None,
+        stop: bool,
+        coefficients: tuple[float, float],
+    ) -> StepStats:
+        """The combination is linear and done before the backward: the buffer gets c_keep g_keep + c_forget g_forget."""
+        self.keep_and_sums.zero_()
+        self._count(window, stop)
+        for rows in window:
+            self._single_backward(rows, predict, coefficients)
+        self._reduce(self.keep_and_sums)
+        sums, unit, (squared_norm,) = self._read(window, inner_products(self.keep))
+        return self._finish(sums, unit, UNKNOWN, (1.0, 0.0), squared_norm, -coefficients[1], max_grad_norm)
 
     def _compute_forget_first(
         self, window: Sequence[Rows], predict: Callable[[Rows], Tensor], max_grad_norm: float | None
     ) -> StepStats:
         for rows in window:
-            index = (rows.forget_weight != 0).nonzero().flatten()
-            if len(index):
-                self._backward(rows[index], predict, serves_keep=False, serves_forget=True)
-        self.reduce(self.flat)
+            for group in self._rows_of_side(rows, rows.forget_target, rows.forget_weight):
+                self._backward(group, predict, serves_keep=False, serves_forget=True)
+        self._reduce(self.flat)
         sums, unit, (forget_forget,) = self._read(window, inner_products(self.forget))
         products = Products(math.nan if sums["keep_weight"] > 0 else 0.0, math.nan, forget_forget)
         coefficients = self._calibrated(products, sums) if math.isfinite(forget_forget) else (1.0, 0.0)
 
-        # Every rank holds the whole forget gradient now, and the second collective will sum it over the ranks.
-        self.forget.mul_(coefficients[1] / sums["ranks"])
+        # Every rank holds the whole forget gradient now, and the second collective will sum it over the ranks; of shards
+        # each rank holds its own, and what comes is added.
+        self.forget.mul_(coefficients[1] / (1 if self.sharded else sums["ranks"]))
         self.sums.zero_()
-        self._add(pairs=sum(rows.num_pairs for rows in window))
+        self._add(ranks=1, pairs=sum(rows.num_pairs for rows in window))
         if coefficients[0] != 0:
             for rows in window:
-                index = (rows.keep_weight != 0).nonzero().flatten()
-                if len(index):
-                    self._backward(rows[index], predict, serves_keep=True, serves_forget=False)
-        self.reduce(self.flat)
+                for group in self._rows_of_side(rows, rows.keep_target, rows.keep_weight):
+                    self._backward(group, predict, serves_keep=True, serves_forget=False)
+        self._reduce(self.flat)
         keep_sums, _, (combined,) = self._read(window, inner_products(self.keep))
         sums["keep_loss"] = keep_sums["keep_loss"]
         return self._finish(sums, unit, products, (1.0, 0.0), combined, -coefficients[1], max_grad_norm)
+
+    def _rows_of_side(self, rows: Rows, target: Tensor | None, weight: Tensor) -> list[Rows]:
+        """The rows that serve one side, as one group, or none."""
+        index = (weight != 0).nonzero().flatten()
+        if self.sharded and target is not None and len(index) == 0:
+            index = torch.zeros(1, dtype=torch.long)  # see `split_in_lockstep`
+        return [rows[index]] if len(index) else []
+
+    def _count(self, window: Sequence[Rows], stop: bool) -> None:
+        self.row_losses = []
+        self._add(ranks=1, stop=float(stop))
+        for rows in window:
+            self._add(pairs=rows.num_pairs, keep_weight=rows.keep_weight.sum(), forget_weight=rows.forget_weight.sum())
 
     def _backward(self, rows: Rows, predict: Callable[[Rows], Tensor], serves_keep: bool, serves_forget: bool) -> None:
         """One forward of a group, and one backward for each side that it serves."""
@@ -229,36 +296,51 @@ class PairedGradients:
         output = predict(rows).float()
         if serves_keep:
             loss = self._sum("keep", rows, rows.keep_weight * mean_squared_error(output, rows.keep_target))
-            self._fill(self.keep_views)
-            self._scaled(loss).backward(retain_graph=serves_forget)
+            self._accumulate(loss, self.keep_views, retain_graph=serves_forget)
             self._add(keep_loss=loss.detach())
         if serves_forget:
             error = mean_squared_error(output, rows.forget_target)
             weight = self._active_weight(rows, error)
-            self._fill(self.forget_views)
-            self._scaled(self._sum("forget", rows, weight * error)).backward()
+            self._accumulate(self._sum("forget", rows, weight * error), self.forget_views)
             self._add(forget_loss=(rows.forget_weight * error.detach()).sum(), active_weight=weight.sum())
 
-    def _single_backward(self, rows: Rows, predict: Callable[[Rows], Tensor]) -> None:
+    def _single_backward(
+        self, rows: Rows, predict: Callable[[Rows], Tensor], coefficients: tuple[float, float]
+    ) -> None:
         """One forward and one backward of the scalar loss `c_keep L_keep + c_forget L_forget`."""
-        keep_coefficient, forget_coefficient = self.rule(UNKNOWN)
-        rows = rows[((rows.keep_weight != 0) | (rows.forget_weight != 0)).nonzero().flatten()].to(self.device)
+        if not self.sharded:
+            rows = rows[((rows.keep_weight != 0) | (rows.forget_weight != 0)).nonzero().flatten()]
         if len(rows) == 0:
             return
+        rows = rows.to(self.device)
         output = predict(rows).float()
         loss = output.new_zeros(())
         if rows.keep_target is not None:
             keep_loss = self._sum("keep", rows, rows.keep_weight * mean_squared_error(output, rows.keep_target))
-            loss = loss + keep_coefficient * keep_loss
+            loss = loss + coefficients[0] * keep_loss
             self._add(keep_loss=keep_loss.detach())
         if rows.forget_target is not None:
-            forget_loss = self._sum(
-                "forget", rows, rows.forget_weight * mean_squared_error(output, rows.forget_target)
-            )
-            loss = loss + forget_coefficient * forget_loss
-            self._add(forget_loss=forget_loss.detach(), active_weight=rows.forget_weight.sum())
-        self._fill(self.keep_views)
-        self._scaled(loss).backward()
+            error = mean_squared_error(output, rows.forget_target)
+            weight = self._active_weight(rows, error)
+            loss = loss + coefficients[1] * self._sum("forget", rows, weight * error)
+            self._add(forget_loss=(rows.forget_weight * error.detach()).sum(), active_weight=weight.sum())
+        self._accumulate(loss, self.keep_views)
+
+    def _accumulate(self, loss: Tensor, views: list[Tensor], retain_graph: bool = False) -> None:
+        """Add the gradient of a loss to a buffer."""
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        if self.owns_grad:
+            self._fill(views)
+            loss.backward(retain_graph=retain_graph)
+            return
+        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, allow_unused=True)
+        found = [(view, gradient) for view, gradient in zip(views, gradients) if gradient is not None]
+        torch._foreach_add_([view for view, _ in found], [gradient.float() for _, gradient in found])
+
+    def surrogate_loss(self) -> Tensor:
+        """A scalar with the combined gradient of the last step for its own, the same on all ranks."""
+        return sum((parameter.float() * view).sum() for parameter, view in zip(self.parameters, self.keep_views))
 
     def _sum(self, side: str, rows: Rows, losses: Tensor) -> Tensor:
         """The sum over rows, each remembered, should the step have to say which of them were not finite."""
@@ -270,9 +352,6 @@ class PairedGradients:
         for side, timesteps, losses in self.row_losses:
             found.setdefault(side, []).extend(timesteps[~losses.isfinite()].tolist())
         return {side: sorted(timesteps) for side, timesteps in found.items() if timesteps}
-
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return loss if self.scaler is None else self.scaler.scale(loss)
 
     def _active_weight(self, rows: Rows, error: Tensor) -> Tensor:
         """Calibrated forgetting: a row whose forget loss already exceeds its threshold is pushed no further."""
@@ -292,14 +371,20 @@ class PairedGradients:
 
     def _read(self, window: Sequence[Rows], squares: Tensor) -> tuple[dict[str, float], float, list[float]]:
         """The one wait for the device: sums, the unit of the gradients, and inner products in that unit."""
+        if self.sharded:
+            # Each rank has the sums of its rows and the inner products of its shards.
+            parts = torch.cat([self.sums.double(), squares / self.copies_of_a_shard])
+            self.reduce(parts)
+            all_sums, squares = parts.split([len(STATS), len(squares)])
+        else:
+            all_sums = self.sums.double()
         scale = self.sums.new_ones(()) if self.scaler is None else self.scaler.scale(self.sums.new_ones(()))
-        values = torch.cat([self.sums.double(), scale.double().reshape(1), squares])
-        values = values.tolist()
+        values = torch.cat([all_sums, scale.double().reshape(1), squares]).tolist()
         sums, squares = dict(zip((*STATS, "scale"), values)), values[len(STATS) + 1 :]
         # Losses were means over pixels, sums over pairs, and scaled; gradients are wanted of losses summed over
-        # pixels and averaged over pairs.
+        # pixels and averaged over pairs. FSDP2 takes the mean over ranks.
         pixels = window[0].noisy.shape[1:].numel()
-        unit = pixels / (sums["pairs"] * sums["scale"])
+        unit = pixels * (sums["ranks"] if self.sharded else 1) / (sums["pairs"] * sums["scale"])
         return sums, unit, [unit * unit * square for square in squares]
 
     def _finish(
@@ -325,7 +410,8 @@ class PairedGradients:
             self.keep.mul_(coefficients[0] * factor)
             if coefficients[1] != 0:
                 self.keep.add_(self.forget, alpha=coefficients[1] * factor)
-            self._fill(self.keep_views)
+            if self.owns_grad:
+                self._fill(self.keep_views)
         return StepStats(
             keep_loss=losses[0],
             forget_loss=losses[1],
@@ -341,12 +427,19 @@ class PairedGradients:
         )
 
     def _refuse(self) -> None:
+        if not self.owns_grad:
+            return
         if self.scaler is None:
             for parameter in self.parameters:
                 parameter.grad = None
         else:
             self.keep.fill_(math.inf)
             self._fill(self.keep_views)
+
+
+def local(parameter: nn.Parameter) -> Tensor:
+    """This rank's shard of a parameter; the whole of one that is not sharded."""
+    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:

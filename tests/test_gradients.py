@@ -163,7 +163,53 @@ def test_one_collective_a_step_or_two_where_the_forget_gradient_comes_first(scal
     engine = PairedGradients(net.parameters(), scaling_rule(scaling, SCALINGS[scaling]), reduce=reduced.append)
     engine.compute(window_of(draw_query(), 4, 4, 4), predictor(net))
     assert len(reduced) == (2 if engine.mode == "forget_first" else 1)
-    assert all(tensor is engine.flat for tensor in reduced)
+    assert all(tensor.numel() == engine.flat.numel() for tensor in reduced)
+
+
+def test_a_step_with_a_lagged_scale_reduces_one_gradient():
+    reduced, net = [], TinyNet()
+    engine = PairedGradients(net.parameters(), scaling_rule("relative"), reduce=reduced.append)
+    engine.compute(window_of(draw_query(), 12), predictor(net), forget_scale=0.2)
+    size = sum(parameter.numel() for parameter in trainable(net))
+    assert [tensor.numel() for tensor in reduced] == [size + len(STATS)]
+
+
+@pytest.mark.parametrize("scaling", ["relative", "norm"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_step_with_the_lagged_scale_of_that_very_step_is_the_exact_one(scaling, calibrated):
+    thresholds = torch.full((1000,), 1.2) if calibrated else None
+    net, window = TinyNet(), window_of(draw_query(), 5, 7)
+    engine = PairedGradients(net.parameters(), scaling_rule(scaling, SCALINGS[scaling]), thresholds=thresholds)
+    exact = engine.compute(window, predictor(net), 2.0)
+    expected = gradient(net).clone()
+    calls = []
+
+    def predict(rows):
+        calls.append(len(rows))
+        return net(rows.noisy, rows.timesteps)
+
+    lagged = engine.compute(window, predict, 2.0, forget_scale=exact.forget_scale)
+    assert calls == [5, 7]  # one forward a micro-batch, and so one backward
+    assert relative_error(gradient(net), expected) < 1e-6
+    for name in ("keep_loss", "forget_loss", "forget_scale", "grad_norm", "forget_active"):
+        assert getattr(lagged, name) == pytest.approx(getattr(exact, name), rel=1e-5), name
+    assert lagged.grad_norm_keep is None and lagged.grad_norm_forget is None
+    if calibrated:
+        assert 0 < lagged.forget_active < 1
+
+
+def test_gradients_reach_an_engine_that_keeps_grad_to_itself():
+    """As under DeepSpeed: hooks that take away whatever accumulates in `.grad` see nothing until the surrogate loss."""
+    net, window, seen = TinyNet(), window_of(draw_query(), 5, 7), []
+    expected, _ = engine_gradient(TinyNet(), scaling_rule("relative", 0.3), window, 1.0)
+    for parameter in trainable(net):
+        parameter.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
+    engine = PairedGradients(net.parameters(), scaling_rule("relative", 0.3), owns_grad=False)
+    engine.compute(window, predictor(net), 1.0)
+    assert not seen and all(parameter.grad is None for parameter in net.parameters())
+    engine.surrogate_loss().backward()
+    assert len(seen) == len(trainable(net))
+    assert relative_error(gradient(net), expected) < 1e-6
 
 
 def test_rows_are_grouped_by_the_sides_they_serve():
