@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -35,7 +35,7 @@ from siss_diffusers.arguments import (
     unit_float,
 )
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, calibration_draws, measure_thresholds
-from siss_diffusers.checkpoints import load_state, save_checkpoint, save_result, tidy
+from siss_diffusers.checkpoints import load_state, tidy
 from siss_diffusers.data import (
     ImageTransform,
     Latents,
@@ -56,6 +56,7 @@ from siss_diffusers.metrics.sampling import sample_prompts
 from siss_diffusers.noising import min_snr_weight
 from siss_diffusers.pipelines import check_stable_diffusion, choose_resolution, loading
 from siss_diffusers.receipt import write_receipt
+from siss_diffusers.sharding import is_sharded, load_model, reshard, save_model, save_pipeline
 from siss_diffusers.training import (
     StepLog,
     StopSignal,
@@ -71,8 +72,13 @@ from siss_diffusers.training import (
     make_optimizer,
     prepare_repository,
     restore_training_state,
+    save_together,
     save_training_state,
     start_trackers,
+    take_step,
+    trained_network,
+    without_sync,
+    write_checkpoints,
     write_report,
 )
 
@@ -353,7 +359,6 @@ def main(argv: list[str] | None = None) -> None:
         unet.enable_xformers_memory_efficient_attention()
     unet.train()
     trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    ema_model = EMAModel(trainable, foreach=args.foreach_ema) if args.use_ema else None
 
     pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(keep_images) / pairs_per_step)
@@ -445,9 +450,13 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.empty_cache()
 
     model, optimizer = accelerator.prepare(unet, optimizer)
+    unet, network = accelerator.unwrap_model(model), trained_network(accelerator, model)
+    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    sharded = is_sharded(unet)
     path_on_device = path.to(device)
-    if ema_model is not None and not args.offload_ema:
-        ema_model.to(device)
+    ema_model = EMAModel(trainable, foreach=args.foreach_ema) if args.use_ema else None
+    if args.offload_ema:
+        ema_model.to("cpu")
 
     if accelerator.is_main_process:
         if args.overwrite_output_dir and args.resume_from_checkpoint is None:
@@ -458,28 +467,24 @@ def main(argv: list[str] | None = None) -> None:
 
     def predict(rows: Rows) -> torch.Tensor:
         hidden_states = prompt_table[rows.condition]
-        return model(rows.noisy, path_on_device.model_timesteps[rows.timesteps], hidden_states).sample
+        return network(rows.noisy, path_on_device.model_timesteps[rows.timesteps], hidden_states).sample
 
     # Resume: everything that the next step depends on.
     thresholds = None
     if saved is not None:
-        thresholds = saved["thresholds"]
+        thresholds = None if saved["thresholds"] is None else saved["thresholds"][...]
         if args.use_lora:
             load_lora(unet, checkpoint)
         else:
-            unet.load_state_dict(
-                UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", use_safetensors=True).state_dict()
-            )
+            load_model(unet, checkpoint / "unet")
         restore_training_state(saved, accelerator, optimizer, lr_scheduler, ema_model)
-        if ema_model is not None:
-            ema_model.to("cpu" if args.offload_ema else device)
     elif args.calibrate_forgetting is not None:
         started = time.perf_counter()
 
         def predict_on_host(noisy: torch.Tensor, timesteps: torch.Tensor, images: list[int]) -> torch.Tensor:
             hidden_states = prompt_table[[keep_conditions[alike[image]] for image in images]]
             model_timesteps = path_on_device.model_timesteps[timesteps.to(device)]
-            return model(noisy.to(device), model_timesteps, hidden_states).sample.float().cpu()
+            return network(noisy.to(device), model_timesteps, hidden_states).sample.float().cpu()
 
         thresholds = measure_thresholds(
             lambda image, generator: keep.load(alike[image], generator),
@@ -491,6 +496,7 @@ def main(argv: list[str] | None = None) -> None:
             args.seed,
             args.eval_batch_size,
         )
+        reshard(unet)
         logger.info(
             f"Measured the losses to forget up to: {NUM_BINS * DRAWS_PER_BIN} network calls,"
             f" {time.perf_counter() - started:.1f} s"
@@ -502,14 +508,27 @@ def main(argv: list[str] | None = None) -> None:
         thresholds=thresholds,
         reduce=torch.distributed.all_reduce if accelerator.num_processes > 1 else None,
         scaler=accelerator.scaler,
+        owns_grad=accelerator.distributed_type != DistributedType.DEEPSPEED,
     )
 
-    def write_checkpoint(folder: Path) -> None:
+    # With no folder these two hand over the shards of a process that does not write.
+    def write_checkpoint(folder: Path | None) -> None:
         if args.use_lora:
             save_lora(unet, folder)
         else:
-            unet.save_pretrained(folder / "unet")
+            save_model(unet, None if folder is None else folder / "unet")
         save_training_state(folder, accelerator, description, state, thresholds, optimizer, lr_scheduler, ema_model)
+
+    def write_result(folder: Path | None) -> None:
+        with averaged_weights(ema_model, trainable):
+            if args.use_lora:
+                save_lora(unet, folder)
+            else:
+                save_pipeline(lambda network: load_pipeline(unet=network), unet, folder)
+        if folder is not None:
+            lora = {"rank": args.rank, "alpha": args.lora_alpha} if args.use_lora else None
+            write_report(folder, args, accelerator, method, counts, timestep_range, state, lora=lora)
+            write_receipt(folder / "receipt.json", digests["forget"])
 
     detectors = None
     if accelerator.is_main_process and validation_steps:
@@ -517,10 +536,13 @@ def main(argv: list[str] | None = None) -> None:
         references = torch.stack([forget_images.load(index) for index in range(len(forget_images))])
         detectors = CopyDetectors.calibrated(for_detectors(references / 2 + 0.5), for_detectors(shown / 2 + 0.5))
 
-    def sample(numbers: list[int]) -> torch.Tensor:
+    def sample(numbers: list[int]) -> torch.Tensor | None:
+        """Samples on the main process; for sharded weights on all of them, which have to take part."""
+        if not (accelerator.is_main_process or sharded):
+            return None
         rows = torch.tensor([row_of[number] for number in numbers for _ in range(args.num_validation_images)])
         with averaged_weights(ema_model, trainable), accelerator.autocast():
-            return sample_prompts(
+            images = sample_prompts(
                 pipeline,
                 prompt_table[rows.to(device)],
                 prompt_table[None, row_of[empty_prompt]],
@@ -530,19 +552,23 @@ def main(argv: list[str] | None = None) -> None:
                 batch_size=args.eval_batch_size,
                 resolution=resolution,
             )
+            reshard(unet)
+        return images
 
     def validate() -> bool:
         """Count the copies among samples of the forget images' prompts; whether none is left."""
         forgotten = [False]
+        images = sample(forget_prompts)
         if accelerator.is_main_process:
-            found = copy_statistics(detectors.flags(for_detectors(sample(forget_prompts))))
+            found = copy_statistics(detectors.flags(for_detectors(images)))
             log_validation(args, accelerator, state["global_step"], found)
             logger.info(f"Step {state['global_step']}: {100 * found['copy_share']:.1f} % of the samples are copies")
-            for index, number in enumerate(validation_conditions):
-                images = sample([number])
+            forgotten = [found["copy_share"] == 0]
+        for index, number in enumerate(validation_conditions):
+            images = sample([number])
+            if accelerator.is_main_process:
                 images[detectors.flags(for_detectors(images))["any"]] = 0.5
                 log_sample_images(accelerator, f"validation_{index}", images, state["global_step"])
-            forgotten = [found["copy_share"] == 0]
         return broadcast_object_list(forgotten)[0]
 
     start_trackers(args, accelerator, args.tracker_project_name)
@@ -587,9 +613,9 @@ def main(argv: list[str] | None = None) -> None:
 
         # Dropout in the adapter draws from torch's own generator.
         torch.manual_seed(torch_seed(args.seed, MODEL, state["window"], accelerator.process_index))
-        with accelerator.no_sync(model):  # the engine reduces both gradients itself, once per step
+        with without_sync(accelerator, model):
             stats = gradients.compute(window, predict, args.max_grad_norm, stop=stop_signal.received is not None)
-        optimizer.step()
+        take_step(accelerator, optimizer, gradients, stats)
         state["window"] += 1
 
         if stats.skipped:
@@ -615,29 +641,17 @@ def main(argv: list[str] | None = None) -> None:
                 break
 
         stopping = stop_signal.stops(stats, accelerator) and global_step < args.max_train_steps
-        if accelerator.is_main_process:
-            if stopping or (not stats.skipped and global_step % args.checkpointing_steps == 0):
-                saved_to = save_checkpoint(output_dir, global_step, write_checkpoint, args.checkpoints_total_limit)
-                logger.info(f"Saved {saved_to.name}")
+        if stopping or (not stats.skipped and global_step % args.checkpointing_steps == 0):
+            limit = args.checkpoints_total_limit
+            write_checkpoints(accelerator, unet, output_dir, global_step, write_checkpoint, limit)
         if stopping:
-            stop_signal.end(accelerator, f"checkpoint-{global_step}")
+            stop_signal.end(accelerator, global_step)
     step_log.progress_bar.close()
 
     # Save the adapter or the pipeline, and what was done.
-    if accelerator.is_main_process:
-
-        def write_result(folder: Path) -> None:
-            with averaged_weights(ema_model, trainable):
-                if args.use_lora:
-                    save_lora(unet, folder)
-                else:
-                    load_pipeline(unet=unet).save_pretrained(folder)
-            lora = {"rank": args.rank, "alpha": args.lora_alpha} if args.use_lora else None
-            write_report(folder, args, accelerator, method, counts, timestep_range, state, lora=lora)
-            write_receipt(folder / "receipt.json", digests["forget"])
-
-        save_result(output_dir, write_result, last=LORA_FILE if args.use_lora else "model_index.json")
-        logger.info(f"Saved the {'adapter' if args.use_lora else 'unlearned pipeline'} to {output_dir}")
+    last = LORA_FILE if args.use_lora else "model_index.json"
+    save_together(accelerator, unet, output_dir, write_result, last)
+    logger.info(f"Saved the {'adapter' if args.use_lora else 'unlearned pipeline'} to {output_dir}")
     finish(args, accelerator, stop_signal, repo_id)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -29,7 +29,7 @@ from siss_diffusers.arguments import (
     unit_float,
 )
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, measure_thresholds
-from siss_diffusers.checkpoints import load_state, save_checkpoint, save_result, tidy
+from siss_diffusers.checkpoints import load_state, tidy
 from siss_diffusers.data import (
     ImageTransform,
     PairDataset,
@@ -45,6 +45,7 @@ from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
 from siss_diffusers.metrics.sampling import sample_images
 from siss_diffusers.pipelines import load_pipeline_class, loading
 from siss_diffusers.receipt import write_receipt
+from siss_diffusers.sharding import is_sharded, load_model, reshard, save_model, save_pipeline
 from siss_diffusers.training import (
     StepLog,
     StopSignal,
@@ -60,8 +61,13 @@ from siss_diffusers.training import (
     make_optimizer,
     prepare_repository,
     restore_training_state,
+    save_together,
     save_training_state,
     start_trackers,
+    take_step,
+    trained_network,
+    without_sync,
+    write_checkpoints,
     write_report,
 )
 
@@ -232,17 +238,6 @@ def main(argv: list[str] | None = None) -> None:
         model.enable_xformers_memory_efficient_attention()
     model.train()
 
-    ema_model = None
-    if args.use_ema:
-        ema_model = EMAModel(
-            model.parameters(),
-            decay=args.ema_max_decay,
-            use_ema_warmup=True,
-            inv_gamma=args.ema_inv_gamma,
-            power=args.ema_power,
-            foreach=True,
-        )
-
     optimizer = make_optimizer(args, model.parameters())
     pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(keep) / pairs_per_step)
@@ -256,10 +251,19 @@ def main(argv: list[str] | None = None) -> None:
         num_training_steps=args.max_train_steps,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    unet = accelerator.unwrap_model(model)
+    unet, network = accelerator.unwrap_model(model), trained_network(accelerator, model)
+    parameters, sharded = list(unet.parameters()), is_sharded(unet)
     path_on_device = path.to(accelerator.device)
-    if ema_model is not None:
-        ema_model.to(accelerator.device)
+    ema_model = None
+    if args.use_ema:
+        ema_model = EMAModel(
+            parameters,
+            decay=args.ema_max_decay,
+            use_ema_warmup=True,
+            inv_gamma=args.ema_inv_gamma,
+            power=args.ema_power,
+            foreach=True,
+        )
 
     if accelerator.is_main_process:
         if args.overwrite_output_dir and args.resume_from_checkpoint is None:
@@ -274,19 +278,16 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint is not None:
         accelerator.print(f"Resuming from {checkpoint.name}")
         saved = load_state(checkpoint)
-        state, thresholds = saved["progress"], saved["thresholds"]
-        unet.load_state_dict(
-            UNet2DModel.from_pretrained(checkpoint, subfolder="unet", use_safetensors=True).state_dict()
-        )
+        state = saved["progress"]
+        thresholds = None if saved["thresholds"] is None else saved["thresholds"][...]
+        load_model(unet, checkpoint / "unet")
         restore_training_state(saved, accelerator, optimizer, lr_scheduler, ema_model)
-        if ema_model is not None:
-            ema_model.to(accelerator.device)
     elif args.calibrate_forgetting is not None:
         started = time.perf_counter()
 
         def predict_on_host(noisy: torch.Tensor, timesteps: torch.Tensor, _: list[int]) -> torch.Tensor:
             model_timesteps = path.model_timesteps[timesteps].to(accelerator.device)
-            return model(noisy.to(accelerator.device), model_timesteps).sample.float().cpu()
+            return network(noisy.to(accelerator.device), model_timesteps).sample.float().cpu()
 
         thresholds = measure_thresholds(
             keep.load,
@@ -298,29 +299,32 @@ def main(argv: list[str] | None = None) -> None:
             args.seed,
             args.eval_batch_size,
         )
+        reshard(unet)
         logger.info(
             f"Measured the losses to forget up to: {NUM_BINS * DRAWS_PER_BIN} network calls,"
             f" {time.perf_counter() - started:.1f} s"
         )
 
     gradients = PairedGradients(
-        model.parameters(),
+        parameters,
         rule,
         thresholds=thresholds,
         reduce=torch.distributed.all_reduce if accelerator.num_processes > 1 else None,
         scaler=accelerator.scaler,
+        owns_grad=accelerator.distributed_type != DistributedType.DEEPSPEED,
     )
 
     def predict(rows: Rows) -> torch.Tensor:
-        return model(rows.noisy, path_on_device.model_timesteps[rows.timesteps]).sample
+        return network(rows.noisy, path_on_device.model_timesteps[rows.timesteps]).sample
 
-    def write_checkpoint(folder: Path) -> None:
-        unet.save_pretrained(folder / "unet")
+    # With no folder these two hand over the shards of a process that does not write.
+    def write_checkpoint(folder: Path | None) -> None:
+        save_model(unet, None if folder is None else folder / "unet")
         save_training_state(folder, accelerator, description, state, thresholds, optimizer, lr_scheduler, ema_model)
 
-    def write_pipeline(folder: Path) -> None:
-        with averaged_weights(ema_model, list(unet.parameters())):
-            DDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained(folder)
+    def write_pipeline(folder: Path | None) -> None:
+        with averaged_weights(ema_model, parameters):
+            save_pipeline(lambda network: DDPMPipeline(network, noise_scheduler), unet, folder)
 
     detectors = None
     if accelerator.is_main_process and (args.validation_steps or args.save_images_epochs):
@@ -328,9 +332,12 @@ def main(argv: list[str] | None = None) -> None:
         references = torch.stack([forget.load(index) for index in range(len(forget))])
         detectors = CopyDetectors.calibrated(references / 2 + 0.5, shown / 2 + 0.5)
 
-    def sample(num_samples: int) -> torch.Tensor:
-        with averaged_weights(ema_model, list(unet.parameters())):
-            return sample_images(
+    def sample(num_samples: int) -> torch.Tensor | None:
+        """Samples on the main process; for sharded weights on all of them, which have to take part."""
+        if not (accelerator.is_main_process or sharded):
+            return None
+        with averaged_weights(ema_model, parameters):
+            images = sample_images(
                 unet,
                 noise_scheduler,
                 num_samples,
@@ -338,12 +345,15 @@ def main(argv: list[str] | None = None) -> None:
                 num_inference_steps=args.ddpm_num_inference_steps,
                 batch_size=args.eval_batch_size,
             )
+            reshard(unet)
+        return images
 
     def validate() -> bool:
         """Count the copies among fresh samples; whether none is left."""
         forgotten = [False]
+        images = sample(args.num_validation_images)
         if accelerator.is_main_process:
-            found = copy_statistics(detectors.flags(sample(args.num_validation_images)))
+            found = copy_statistics(detectors.flags(images))
             log_validation(args, accelerator, state["global_step"], found)
             logger.info(f"Step {state['global_step']}: {100 * found['copy_share']:.2f} % of the samples are copies")
             forgotten = [found["copy_share"] == 0]
@@ -352,8 +362,9 @@ def main(argv: list[str] | None = None) -> None:
     def log_samples() -> None:
         """Samples to the tracker, copies blanked out: what must be forgotten is not logged."""
         images = sample(args.eval_batch_size)
-        images[detectors.flags(images)["any"]] = 0.5
-        log_sample_images(accelerator, "samples", images, state["global_step"])
+        if accelerator.is_main_process:
+            images[detectors.flags(images)["any"]] = 0.5
+            log_sample_images(accelerator, "samples", images, state["global_step"])
 
     start_trackers(args, accelerator, "train_siss_unconditional")
     logger.info("***** Running unlearning *****")
@@ -387,9 +398,9 @@ def main(argv: list[str] | None = None) -> None:
 
         # Dropout in the network, if any, draws from torch's own generator.
         torch.manual_seed(torch_seed(args.seed, MODEL, state["window"], accelerator.process_index))
-        with accelerator.no_sync(model):  # the engine reduces both gradients itself, once per step
+        with without_sync(accelerator, model):
             stats = gradients.compute(window, predict, args.max_grad_norm, stop=stop_signal.received is not None)
-        optimizer.step()
+        take_step(accelerator, optimizer, gradients, stats)
         state["window"] += 1
 
         if stats.skipped:
@@ -399,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
             lr_scheduler.step()
             more = {}
             if ema_model is not None:
-                ema_model.step(unet.parameters())
+                ema_model.step(parameters)
                 more["ema_decay"] = ema_model.cur_decay_value
             step_log.write(stats, learning_rate, time.perf_counter() - step_started, **more)
         global_step = state["global_step"]
@@ -413,30 +424,28 @@ def main(argv: list[str] | None = None) -> None:
                 break
 
         stopping = stop_signal.stops(stats, accelerator) and global_step < args.max_train_steps
-        if accelerator.is_main_process:
-            if stopping or (not stats.skipped and global_step % args.checkpointing_steps == 0):
-                saved_to = save_checkpoint(output_dir, global_step, write_checkpoint, args.checkpoints_total_limit)
-                logger.info(f"Saved {saved_to.name}")
-            if not stats.skipped and args.save_images_epochs:
-                if global_step % (args.save_images_epochs * steps_per_epoch) == 0:
-                    log_samples()
-            if not stats.skipped and args.save_model_epochs:
-                if global_step % (args.save_model_epochs * steps_per_epoch) == 0:
-                    save_result(output_dir, write_pipeline, last="model_index.json")
+        if stopping or (not stats.skipped and global_step % args.checkpointing_steps == 0):
+            limit = args.checkpoints_total_limit
+            write_checkpoints(accelerator, unet, output_dir, global_step, write_checkpoint, limit)
+        if not stats.skipped and args.save_images_epochs:
+            if global_step % (args.save_images_epochs * steps_per_epoch) == 0:
+                log_samples()
+        if not stats.skipped and args.save_model_epochs:
+            if global_step % (args.save_model_epochs * steps_per_epoch) == 0:
+                save_together(accelerator, unet, output_dir, write_pipeline, last="model_index.json")
         if stopping:
-            stop_signal.end(accelerator, f"checkpoint-{global_step}")
+            stop_signal.end(accelerator, global_step)
     step_log.progress_bar.close()
 
     # Save the pipeline and what was done.
-    if accelerator.is_main_process:
-
-        def write_result(folder: Path) -> None:
-            write_pipeline(folder)
+    def write_result(folder: Path | None) -> None:
+        write_pipeline(folder)
+        if folder is not None:
             write_report(folder, args, accelerator, method, counts, timestep_range, state)
             write_receipt(folder / "receipt.json", digests["forget"])
 
-        save_result(output_dir, write_result, last="model_index.json")
-        logger.info(f"Saved the unlearned pipeline to {output_dir}")
+    save_together(accelerator, unet, output_dir, write_result, last="model_index.json")
+    logger.info(f"Saved the unlearned pipeline to {output_dir}")
     finish(args, accelerator, stop_signal, repo_id)
 
 

@@ -8,10 +8,11 @@ from accelerate import init_empty_weights
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from siss_diffusers.errors import UsageError
+from siss_diffusers.sharding import gathered, load_into
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -62,17 +63,23 @@ def add_lora(
     cast_training_params(unet, dtype=torch.float32)
 
 
-def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+def save_lora(unet: UNet2DConditionModel, folder: Path | None) -> None:
     """Write `pytorch_lora_weights.safetensors`, with the rank and alpha in its metadata, so that it loads at the scale
-    that it was trained at."""
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        # In peft's own names, as the newer official scripts save them: of an adapter on attention and convolutions, a
-        # file in the older names of the official Stable Diffusion script loads one kind only, without a word.
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
-        safe_serialization=True,
-    )
+    that it was trained at.
+
+    Args:
+        folder: None on the ranks that only hand over their shards; all ranks must call where the UNet is sharded.
+    """
+    # In peft's own names, as the newer official scripts save them: of an adapter on attention and convolutions, a
+    # file in the older names of the official Stable Diffusion script loads one kind only, without a word.
+    layers = gathered(get_peft_model_state_dict(unet).items())
+    if folder is not None:
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=layers,
+            unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+            safe_serialization=True,
+        )
 
 
 def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
@@ -82,7 +89,9 @@ def load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
         ValueError: where the file belongs to an adapter of another shape.
     """
     state, _ = StableDiffusionPipeline.lora_state_dict(folder, weight_name=LORA_FILE, use_safetensors=True)
-    unet_state = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
-    incompatible = set_peft_model_state_dict(unet, unet_state)
-    if incompatible.unexpected_keys or len(unet_state) != len(get_peft_model_state_dict(unet)):
+    saved = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
+    adapter = get_peft_model_state_dict(unet)
+    if {name: value.shape for name, value in saved.items()} != {name: t.shape for name, t in adapter.items()}:
         raise ValueError(f"{folder / LORA_FILE} does not fit the adapter; were --rank or its modules changed?")
+    for name, target in adapter.items():
+        load_into(target, saved[name])

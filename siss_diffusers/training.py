@@ -9,11 +9,11 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import diffusers
@@ -29,22 +29,28 @@ from accelerate.utils import (
 )
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from tqdm.auto import tqdm
 
 import siss_diffusers
 from siss_diffusers.arguments import shared_settings
 from siss_diffusers.checkpoints import (
+    PREFIX,
     append_json_line,
     find_checkpoint,
+    is_saved,
     read_json,
+    save_checkpoint,
+    save_result,
     save_state,
     truncate_json_lines,
     write_json,
 )
 from siss_diffusers.errors import Interrupted, RunError, UsageError
-from siss_diffusers.gradients import StepStats
+from siss_diffusers.gradients import PairedGradients, StepStats, local
 from siss_diffusers.hub import again, check_repo_id, create_repository, push
 from siss_diffusers.methods import Method
+from siss_diffusers.sharding import is_sharded, like
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +92,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerator and logging for the shared flags.
 
     Raises:
-        UsageError: under an engine that the scripts do not support.
+        UsageError: under an engine that the scripts do not support, or a flag that the engine does not.
     """
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -101,12 +107,9 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UsageError(
-            f"{accelerator.distributed_type.value} is not supported yet; use `accelerate launch --multi_gpu` (DDP)"
-        )
     # What the launcher or its configuration said, where the flag said nothing.
     args.mixed_precision = accelerator.mixed_precision
+    check_engine(args, accelerator)
 
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
@@ -121,6 +124,81 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def check_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Refuse what was not built, or cannot be exact, for the engine of the launcher; configure DeepSpeed.
+
+    Raises:
+        UsageError: naming what to use.
+    """
+    examples = "see examples/accelerate"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if not accelerator.is_fsdp2:
+            raise UsageError(f"FSDP 1 is not supported; set `fsdp_version: 2` ({examples}), or use DDP")
+        refused = {
+            "--mixed_precision fp16": args.mixed_precision == "fp16",
+            "--use_8bit_adam": args.use_8bit_adam,
+            "--offload_ema": getattr(args, "offload_ema", False),
+            "`fsdp_offload_params`": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        }
+        engine, instead = "FSDP 2", "drop it (for fp16: use bf16), or use DDP"
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        config = plugin.deepspeed_config
+        offloads = (config["zero_optimization"].get(f"offload_{what}") or {} for what in ("optimizer", "param"))
+        refused = {
+            f"ZeRO-{plugin.zero_stage}": plugin.zero_stage not in (0, 1, 2),
+            "--mixed_precision fp16": args.mixed_precision == "fp16",
+            "offloading": any(offload.get("device", "none") != "none" for offload in offloads),
+            "--use_8bit_adam": args.use_8bit_adam,
+            "--use_ema": args.use_ema,
+            "--resume_from_checkpoint": args.resume_from_checkpoint is not None,
+        }
+        engine, instead = "DeepSpeed", f"drop it, or use ZeRO-2 in bf16, FSDP 2 or DDP ({examples})"
+        # It gets the combined gradient of the whole window, clipped, and takes one step with it.
+        config |= {
+            "train_micro_batch_size_per_gpu": args.train_batch_size,
+            "gradient_accumulation_steps": 1,
+            "train_batch_size": args.train_batch_size * accelerator.num_processes,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+        }
+    elif accelerator.distributed_type == DistributedType.MEGATRON_LM:
+        raise UsageError(f"Megatron-LM is not supported; use FSDP 2 or DDP ({examples})")
+    else:
+        return
+    for what, found in refused.items():
+        if found:
+            raise UsageError(f"{what} is not supported under {engine}; {instead}")
+
+
+def without_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager:
+    """Around the gradient engine, which reduces both gradients itself, once per step: DDP must not. FSDP 2 does it for
+    the engine, in each backward, and DeepSpeed sees no backward of it."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return nullcontext()
+    return accelerator.no_sync(model)
+
+
+def trained_network(accelerator: Accelerator, model: nn.Module) -> Callable[..., Any]:
+    """What to call for a prediction in training: under DeepSpeed the network itself, not the engine around it, whose
+    hooks would take every backward for one of theirs; in the precision of its weights."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return model
+    network = accelerator.unwrap_model(model)
+    return lambda noisy, *others: network(noisy.to(network.dtype), *others)
+
+
+def take_step(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, gradients: PairedGradients, stats: StepStats
+) -> None:
+    """Step down the combined gradient; of a skipped step there is none."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        optimizer.step()
+    elif not stats.skipped:
+        accelerator.backward(gradients.surrogate_loss(), scale_wrt_gas=False)  # which steps, too
 
 
 def make_optimizer(args: argparse.Namespace, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -142,14 +220,17 @@ def make_optimizer(args: argparse.Namespace, parameters: Iterable[nn.Parameter])
 @contextmanager
 def averaged_weights(ema_model: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
     """Inside, the parameters are what is saved, evaluated and shown: the moving average where there is one."""
-    if ema_model is not None:
-        ema_model.store(parameters)
-        ema_model.copy_to(parameters)
+    if ema_model is None:
+        yield
+        return
+    trained = [local(parameter).to("cpu", copy=True) for parameter in parameters]
+    for parameter, average in zip(parameters, ema_model.shadow_params):
+        local(parameter).copy_(local(average))
     try:
         yield
     finally:
-        if ema_model is not None:
-            ema_model.restore(parameters)
+        for parameter, weights in zip(parameters, trained):
+            local(parameter).copy_(weights)
 
 
 class StopSignal:
@@ -181,13 +262,18 @@ class StopSignal:
         """Whether to stop now; the same on all processes. Several of them learn of it with the next step's gradients."""
         return stats.stop or (accelerator.num_processes == 1 and self.received is not None)
 
-    def end(self, accelerator: Accelerator, checkpoint: str) -> None:
+    def end(self, accelerator: Accelerator, step: int) -> None:
         """
         Raises:
-            Interrupted: always, once the main process has saved `checkpoint`.
+            Interrupted: always, once the main process has saved the checkpoint of this step.
         """
         accelerator.wait_for_everyone()
-        accelerator.print(f"Stopped at {checkpoint}; go on with --resume_from_checkpoint latest")
+        if saves_checkpoints(accelerator):
+            accelerator.print(f"Stopped at {PREFIX}{step}; go on with --resume_from_checkpoint latest")
+        else:
+            accelerator.print(
+                f"Stopped at step {step}, and nothing is saved: under DeepSpeed there are no checkpoints"
+            )
         accelerator.end_training()
         self.close()
         raise Interrupted(self.received or signal.SIGTERM)
@@ -356,7 +442,7 @@ def initial_state() -> dict[str, int | float]:
 
 
 def save_training_state(
-    folder: Path,
+    folder: Path | None,
     accelerator: Accelerator,
     run: dict,
     state: dict[str, int | float],
@@ -368,6 +454,7 @@ def save_training_state(
     """Everything of a checkpoint but the weights. There is no random state of any rank, for draws are keyed.
 
     Args:
+        folder: None on the ranks that only hand over their shards.
         run: from `describe_run`.
     """
     save_state(
@@ -384,6 +471,46 @@ def save_training_state(
     )
 
 
+def saves_checkpoints(accelerator: Accelerator) -> bool:
+    """Not under DeepSpeed, which saves its part of the optimizer as pickles."""
+    return accelerator.distributed_type != DistributedType.DEEPSPEED
+
+
+def write_checkpoints(
+    accelerator: Accelerator,
+    model: nn.Module,
+    output_dir: Path,
+    step: int,
+    write: Callable[[Path | None], None],
+    total_limit: int | None,
+) -> None:
+    """Save a checkpoint, on the main process; the others hand over their shards to `write(None)` where there are any."""
+    if not saves_checkpoints(accelerator):
+        return
+    # A run that stops while steps are skipped may have saved this step before: there is nothing new.
+    main = accelerator.is_main_process
+    sharded = is_sharded(model)
+    skip = main and is_saved(output_dir, step)
+    if sharded:
+        (skip,) = broadcast_object_list([skip])
+    if skip:
+        return
+    if main:
+        logger.info(f"Saved {save_checkpoint(output_dir, step, write, total_limit).name}")
+    elif sharded:
+        write(None)
+
+
+def save_together(
+    accelerator: Accelerator, model: nn.Module, output_dir: Path, write: Callable[[Path | None], None], last: str
+) -> None:
+    """Save the result, on the main process; the others hand over their shards to `write(None)` where there are any."""
+    if accelerator.is_main_process:
+        save_result(output_dir, write, last)
+    elif is_sharded(model):
+        write(None)
+
+
 def restore_training_state(
     saved: dict,
     accelerator: Accelerator,
@@ -396,8 +523,12 @@ def restore_training_state(
     Hyperparameters of the optimizer and the schedule stay those of the arguments: they are the saved ones, or were
     changed on purpose.
     """
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {name: like(parameters[index], value) for name, value in moments.items()}
+        for index, moments in saved["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     lr_scheduler.load_state_dict(saved["lr_scheduler"] | {"base_lrs": lr_scheduler.base_lrs})
     factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
     lr_scheduler._last_lr = [rate * factor for rate, factor in zip(lr_scheduler.base_lrs, factors)]
@@ -406,7 +537,11 @@ def restore_training_state(
     if accelerator.scaler is not None and saved["scaler"] is not None:
         accelerator.scaler.load_state_dict(saved["scaler"])
     if ema_model is not None:
-        ema_model.load_state_dict(saved["ema"])
+        average = [
+            like(shadow, value).to(shadow.device)
+            for shadow, value in zip(ema_model.shadow_params, saved["ema"]["shadow_params"])
+        ]
+        ema_model.load_state_dict(saved["ema"] | {"shadow_params": average})
 
 
 class StepLog:

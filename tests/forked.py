@@ -6,6 +6,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ class Forker:
     def start(self, program: str, argv: list[str], file_size_limit: int | None = None, **environment: str) -> Child:
         """
         Args:
-            program: `train_siss_sd`, `train_siss_unconditional`, `siss`, or `python` with the path of a script.
+            program: `train_siss_sd`, `train_siss_unconditional`, `siss`, or `python` with the path of a script and its
+                arguments.
             file_size_limit: of RLIMIT_FSIZE in bytes: a disk that is full for every file longer than that.
         """
         self.count += 1
@@ -91,6 +93,31 @@ class Forker:
         return child
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_group(forker: Forker, num_processes: int, program: str, argv: list[str], **environment: str) -> list[Child]:
+    """Processes that find each other, as those of a launcher do, on the CPU."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+    shared |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)} | environment
+    ranks = range(num_processes)
+    return [forker.start(program, argv, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in ranks]
+
+
+def run_group(forker: Forker, num_processes: int, program: str, argv: list[str], **environment: str) -> list[Child]:
+    """
+    Raises:
+        AssertionError: with what it printed, where one of them fails.
+    """
+    children = start_group(forker, num_processes, program, argv, **environment)
+    for child in children:
+        assert forker.wait(child, timeout=120) == 0, child.output
+    return children
+
+
 def serve() -> None:
     """The parent: answers each request by a line."""
     import resource
@@ -102,8 +129,12 @@ def serve() -> None:
     from siss_diffusers import cli
     from siss_diffusers.errors import run
 
+    def run_script(argv: list[str]) -> None:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+
     mains = {
-        "python": lambda argv: runpy.run_path(argv[0], run_name="__main__"),
+        "python": run_script,
         "siss": cli.main,
         "train_siss_sd": train_siss_sd.main,
         "train_siss_unconditional": train_siss_unconditional.main,

@@ -4,7 +4,10 @@ import shutil
 
 import pytest
 import torch
+from conftest import TINY_MODEL
+from diffusers import UNet2DModel
 
+from siss_diffusers import checkpoints
 from siss_diffusers.checkpoints import (
     MANIFEST,
     append_json_line,
@@ -12,16 +15,20 @@ from siss_diffusers.checkpoints import (
     find_checkpoint,
     list_checkpoints,
     load_state,
+    open_tensors,
     save_checkpoint,
     save_result,
     save_state,
     tidy,
     truncate_json_lines,
+    write_tensors,
 )
 from siss_diffusers.errors import RunError, UsageError
 
 
-def test_optimizer_state_comes_back_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("file_bytes", [2**30, 100], ids=["one file", "several files"])
+def test_optimizer_state_comes_back_bit_for_bit(file_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "MAX_FILE_BYTES", file_bytes)
     model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.randn(2, 3, 5, 5)).square().sum().backward()
@@ -29,14 +36,31 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path):
     state = {"optimizer": optimizer.state_dict(), "thresholds": None, "floats": [0.1, float("inf")], "step": 3}
     save_state(tmp_path, state)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert len(list(tmp_path.glob("*.safetensors"))) == (1 if file_bytes == 2**30 else 4)
     loaded = load_state(tmp_path)
     assert loaded["floats"] == [0.1, float("inf")] and loaded["thresholds"] is None and loaded["step"] == 3
     other = torch.optim.AdamW(model.parameters())
+    for moments in loaded["optimizer"]["state"].values():
+        moments |= {name: value[...] for name, value in moments.items()}
     other.load_state_dict(loaded["optimizer"])
     assert other.param_groups[0]["lr"] == 0.1
     for parameter in model.parameters():
         for name, value in optimizer.state[parameter].items():
             assert torch.equal(other.state[parameter][name], value), name
+
+
+@pytest.mark.parametrize("file_bytes", [2**30, 100], ids=["one file", "several files"])
+def test_diffusers_reads_the_files_and_rows_can_be_read_alone(file_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "MAX_FILE_BYTES", file_bytes)
+    unet = UNet2DModel.from_pretrained(TINY_MODEL, subfolder="unet")
+    unet.save_config(tmp_path)
+    write_tensors(tmp_path, "diffusion_pytorch_model", unet.state_dict())
+    loaded = UNet2DModel.from_pretrained(tmp_path).state_dict()
+    for name, value in unet.state_dict().items():
+        assert loaded[name].equal(value), name
+    saved = open_tensors(tmp_path, "diffusion_pytorch_model")["conv_in.weight"]
+    assert saved.shape == tuple(unet.conv_in.weight.shape)
+    assert saved[slice(3, 5), slice(0, 1)].equal(unet.conv_in.weight[3:5, :1])
 
 
 def test_a_failed_checkpoint_is_not_there_and_the_old_ones_are(tmp_path):

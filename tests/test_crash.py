@@ -4,13 +4,12 @@ import random
 import re
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 from conftest import to_argv
-from forked import Child, Forker
+from forked import Child, Forker, run_group, start_group
 from safetensors.torch import load_file
 from test_train_siss_sd import LORA, captioned_folder, full_args, lora_args, model  # noqa: F401
 from test_train_siss_unconditional import WEIGHTS, read_log, without_times
@@ -108,25 +107,6 @@ def test_killed_many_times(script, forker, tmp_path, capsys):
         print(f"{met['while writing one']} while writing one; resumed from steps {sorted(met['resumed from'])}")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def start_two(forker: Forker, program: str, argv: list[str]) -> list[Child]:
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
-    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    return [forker.start(program, argv, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-
-
-def run_two(forker: Forker, program: str, argv: list[str]) -> list[Child]:
-    children = start_two(forker, program, argv)
-    for child in children:
-        assert forker.wait(child, timeout=120) == 0, child.output
-    return children
-
-
 def check_kills_of_one_of_two(
     forker: Forker, script: tuple[str, str, dict], num_kills: int, folder: Path, seed: int
 ) -> int:
@@ -134,17 +114,17 @@ def check_kills_of_one_of_two(
     flags = flags | {"--train_batch_size": "2"}
     reference = folder / "reference"
     argv = to_argv(flags | {"--output_dir": str(reference)})
-    run_two(forker, program, argv)
+    run_group(forker, 2, program, argv)
     shutil.rmtree(reference)
     started = time.monotonic()
-    run_two(forker, program, argv)
+    run_group(forker, 2, program, argv)
     duration = time.monotonic() - started
 
     draw, kills = random.Random(seed), 0
     while kills < num_kills:
         out = folder / "killed"
         argv = to_argv(flags | {"--output_dir": str(out)})
-        children = start_two(forker, program, argv)
+        children = start_group(forker, 2, program, argv)
         victim = draw.randrange(2)
         time.sleep(draw.uniform(0.35, 1) * duration)
         children[victim].kill()
@@ -156,7 +136,7 @@ def check_kills_of_one_of_two(
                 forker.wait(children[1 - victim])
             assert_only_whole_checkpoints(out)
             whole = list_checkpoints(out)
-            assert_latest_was_chosen(run_two(forker, program, argv)[0], whole)
+            assert_latest_was_chosen(run_group(forker, 2, program, argv)[0], whole)
             assert_same_run(out, reference, weights)
         else:
             forker.wait(children[1 - victim], timeout=60)
@@ -208,7 +188,7 @@ class TestSignals:
         out = tmp_path / "out"
         flags |= {"--output_dir": str(out), "--max_train_steps": "400", "--train_batch_size": "2"}
         flags |= {"--checkpointing_steps": "500"}
-        children = start_two(forker, program, to_argv(flags))
+        children = start_group(forker, 2, program, to_argv(flags))
         wait_for(lambda: (out / "train_log.jsonl").exists() and len(read_log(out)) >= 3, children[0])
         children[1].kill(signal.SIGTERM)
         assert [forker.wait(child, timeout=60) for child in children] == [143, 143], children[0].output

@@ -1,0 +1,111 @@
+"""Models and optimizer states sharded by FSDP2: each rank reads its own rows, and no rank ever holds the whole."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from siss_diffusers.checkpoints import SavedTensor, open_tensors, write_tensors
+
+
+# The name that diffusers gives to the weights of a model.
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward without a backward FSDP2 keeps some weights whole, and the next forward would use them as they
+    are, whatever has become of the shards since."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def rows_of(parameter: DTensor) -> tuple[slice, ...]:
+    """Where this rank's shard lies in the whole."""
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape))
+
+
+def load_into(target: Tensor, saved: SavedTensor | Tensor) -> None:
+    """Copy a saved tensor over one of its shape, of which this rank may hold a shard only."""
+    with torch.no_grad():
+        if isinstance(target, DTensor):
+            target.to_local().copy_(saved[rows_of(target)])
+        else:
+            target.copy_(saved[...])
+
+
+def like(parameter: nn.Parameter, saved: SavedTensor | Tensor) -> Tensor:
+    """What was saved for a parameter, such as a moment of its gradients, laid out as the parameter is."""
+    if isinstance(parameter, DTensor) and tuple(saved.shape) == tuple(parameter.shape):
+        found = torch.empty_like(parameter, requires_grad=False)
+        load_into(found, saved)
+        return found
+    return saved[...]
+
+
+def load_model(model: ModelMixin, folder: Path) -> None:
+    """Read the weights of `save_model`, or of diffusers' `save_pretrained`, into a model that may be sharded.
+
+    Raises:
+        KeyError: where the files lack a weight.
+    """
+    saved = open_tensors(folder, WEIGHTS)
+    for name, target in model.state_dict().items():
+        load_into(target, saved[name])
+
+
+def skeleton(model: ModelMixin) -> ModelMixin:
+    """The model without weights, of the class that it had before it was sharded."""
+    model_class = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+    with init_empty_weights():
+        return model_class.from_config(model.config)
+
+
+def save_model(model: ModelMixin, folder: Path | None) -> None:
+    """As diffusers' `save_pretrained`, which `from_pretrained` reads; a sharded model without it ever being whole.
+
+    Args:
+        folder: None on the ranks that only hand over their shards; all ranks must call where the model is sharded.
+    """
+    if is_sharded(model):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            skeleton(model).save_config(folder)
+        write_tensors(folder, WEIGHTS, model.state_dict())
+    elif folder is not None:
+        model.save_pretrained(folder)
+
+
+def save_pipeline(make_pipeline: Callable[[ModelMixin], DiffusionPipeline], unet: ModelMixin, folder: Path | None):
+    """Save the pipeline around a UNet that may be sharded; `folder` as in `save_model`.
+
+    Args:
+        make_pipeline: from a UNet to its pipeline; called where there is a folder.
+    """
+    if not is_sharded(unet):
+        if folder is not None:
+            make_pipeline(unet).save_pretrained(folder)
+        return
+    if folder is not None:
+        pipeline = make_pipeline(skeleton(unet))
+        for name, component in pipeline.components.items():
+            if name != "unet" and component is not None:
+                component.save_pretrained(folder / name)
+        pipeline.save_config(folder)
+    save_model(unet, None if folder is None else folder / "unet")
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Small tensors, such as those of an adapter, whole on every rank."""
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors}
