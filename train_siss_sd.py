@@ -66,6 +66,7 @@ from siss_diffusers.training import (
     find_resumed,
     finish,
     initial_state,
+    lagged_forget_scale,
     log_sample_images,
     log_validation,
     make_accelerator,
@@ -383,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint is not None:
         accelerator.print(f"Resuming from {checkpoint.name}")
         saved = load_state(checkpoint)
-        state = saved["progress"]
+        state |= saved["progress"]
     sampler = WindowSampler(
         batch_size=args.train_batch_size,
         accumulation_steps=args.gradient_accumulation_steps,
@@ -614,7 +615,13 @@ def main(argv: list[str] | None = None) -> None:
         # Dropout in the adapter draws from torch's own generator.
         torch.manual_seed(torch_seed(args.seed, MODEL, state["window"], accelerator.process_index))
         with without_sync(accelerator, model):
-            stats = gradients.compute(window, predict, args.max_grad_norm, stop=stop_signal.received is not None)
+            stats = gradients.compute(
+                window,
+                predict,
+                args.max_grad_norm,
+                stop=stop_signal.received is not None,
+                forget_scale=lagged_forget_scale(args, state),
+            )
         take_step(accelerator, optimizer, gradients, stats)
         state["window"] += 1
 

@@ -55,6 +55,7 @@ from siss_diffusers.training import (
     find_resumed,
     finish,
     initial_state,
+    lagged_forget_scale,
     log_sample_images,
     log_validation,
     make_accelerator,
@@ -278,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint is not None:
         accelerator.print(f"Resuming from {checkpoint.name}")
         saved = load_state(checkpoint)
-        state = saved["progress"]
+        state |= saved["progress"]
         thresholds = None if saved["thresholds"] is None else saved["thresholds"][...]
         load_model(unet, checkpoint / "unet")
         restore_training_state(saved, accelerator, optimizer, lr_scheduler, ema_model)
@@ -399,7 +400,13 @@ def main(argv: list[str] | None = None) -> None:
         # Dropout in the network, if any, draws from torch's own generator.
         torch.manual_seed(torch_seed(args.seed, MODEL, state["window"], accelerator.process_index))
         with without_sync(accelerator, model):
-            stats = gradients.compute(window, predict, args.max_grad_norm, stop=stop_signal.received is not None)
+            stats = gradients.compute(
+                window,
+                predict,
+                args.max_grad_norm,
+                stop=stop_signal.received is not None,
+                forget_scale=lagged_forget_scale(args, state),
+            )
         take_step(accelerator, optimizer, gradients, stats)
         state["window"] += 1
 

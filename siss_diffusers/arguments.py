@@ -272,6 +272,16 @@ def add_unlearning_arguments(parser: argparse.ArgumentParser, *, calibrate_by_de
             " required for norm."
         ),
     )
+    group.add_argument(
+        "--forget_scale_every",
+        type=positive_int,
+        default=1,
+        metavar="K",
+        help=(
+            "Take the norms of --forget_scaling relative or norm every K steps only. A step in between subtracts as much"
+            " as the last of them, and costs a single gradient. Default: 1, every step."
+        ),
+    )
     by_default = f"on, at {DEFAULT_QUANTILE}, under --forget_scaling relative" if calibrate_by_default else "off"
     group.add_argument(
         "--calibrate_forgetting",
@@ -360,6 +370,8 @@ def check_unlearning_arguments(args: argparse.Namespace, *, calibrate_by_default
     if method.takes_scaling and args.forget_scale is None and args.forget_scaling in ("relative", "fixed"):
         calibrated = args.forget_scaling == "relative" and args.calibrate_forgetting is not None
         args.forget_scale = CALIBRATED_SCALE if calibrated else DEFAULT_SCALE
+    if args.forget_scale_every > 1 and args.forget_scaling not in ("relative", "norm"):
+        raise UsageError("--forget_scale_every needs --forget_scaling relative or norm; drop it")
     try:
         scaling = scaling_rule(args.forget_scaling or "relative", args.forget_scale)
     except ValueError as error:

@@ -428,9 +428,10 @@ def check_resumed(args: argparse.Namespace, checkpoint: Path, run: dict) -> None
         )
 
 
-def initial_state() -> dict[str, int | float]:
+def initial_state() -> dict[str, int | float | None]:
     """The progress of a run, saved with its checkpoints. There is no random state, for draws are keyed by their window;
-    windows count the skipped steps too, so that a skipped step is not tried again with the same draws."""
+    windows count the skipped steps too, so that a skipped step is not tried again with the same draws. `forget_scale` is
+    that of the last step that found its own."""
     return {
         "global_step": 0,
         "window": 0,
@@ -438,7 +439,13 @@ def initial_state() -> dict[str, int | float]:
         "skipped_in_a_row": 0,
         "one_sided_steps": 0,
         "train_seconds": 0.0,
+        "forget_scale": None,
     }
+
+
+def lagged_forget_scale(args: argparse.Namespace, state: dict[str, int | float | None]) -> float | None:
+    """--forget_scale_every: the scale of an earlier step; None where this step has to find its own."""
+    return None if state["window"] % args.forget_scale_every == 0 else state["forget_scale"]
 
 
 def save_training_state(
@@ -613,6 +620,8 @@ class StepLog:
         self.state["global_step"] += 1
         self.state["one_sided_steps"] += stats.one_sided and self.args.forget_scaling in ("relative", "norm", "nash")
         self.state["train_seconds"] += seconds
+        if stats.grad_norm_forget is not None and not stats.one_sided:
+            self.state["forget_scale"] = stats.forget_scale
         logs = {
             "keep_loss": stats.keep_loss,
             "forget_loss": stats.forget_loss,
@@ -685,7 +694,7 @@ def write_report(
             "timestep_range": timestep_range,
             "num_processes": accelerator.num_processes,
             "pairs_per_step": args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps,
-            **{name: value for name, value in state.items() if name != "skipped_in_a_row"},
+            **{name: value for name, value in state.items() if name not in ("skipped_in_a_row", "forget_scale")},
             **more,
             "versions": {"siss_diffusers": siss_diffusers.__version__} | {name: version(name) for name in packages},
         },

@@ -94,6 +94,27 @@ def test_variants_run(flags, base_args, tmp_path):
     assert (tmp_path / "out" / "logs").exists() == (flags["--report_to"] == "tensorboard")
 
 
+@pytest.mark.parametrize("scaling", ["relative", "norm"])
+def test_a_lagged_scale_is_that_of_the_last_step_that_found_its_own(scaling, base_args, tmp_path):
+    flags = {"--forget_scale_every": "3", "--max_train_steps": "7", "--forget_scaling": scaling}
+    main(to_argv(base_args | flags | {"--forget_scale": "2"}))
+    log = read_log(tmp_path / "out")
+    scales = [line["forget_scale"] for line in log]
+    assert scales[0] == scales[1] == scales[2] != scales[3] == scales[4] == scales[5] != scales[6]
+    exact = [line["grad_norm_forget"] is not None for line in log]
+    assert exact == [True, False, False, True, False, False, True]
+    assert all(line["forget_loss"] > 0 for line in log)
+
+
+def test_a_one_sided_step_is_no_scale_to_go_on_with(base_args, tmp_path):
+    """One pair a step, with seed 11: the steps 1, 3 and 7 have one side. The 7th would find a scale of its own."""
+    flags = {"--forget_scale_every": "6", "--max_train_steps": "8", "--train_batch_size": "1", "--seed": "11"}
+    main(to_argv(base_args | flags))
+    scales = [line["forget_scale"] for line in read_log(tmp_path / "out")]
+    assert scales[0] == scales[6] == 0 < scales[1]
+    assert set(scales[1:6] + scales[7:]) == {scales[1]}
+
+
 def test_8bit_adam(base_args, tmp_path):
     pytest.importorskip("bitsandbytes")
     try:
@@ -108,8 +129,9 @@ def test_8bit_adam(base_args, tmp_path):
     [
         {"--use_ema": None, "--lr_scheduler": "cosine", "--calibrate_forgetting": None},
         {"--forget_scaling": "norm", "--forget_scale": "5", "--gradient_accumulation_steps": "2"},
+        {"--forget_scale_every": "3", "--calibrate_forgetting": None},
     ],
-    ids=["ema-cosine-calibrated", "norm-accumulated"],
+    ids=["ema-cosine-calibrated", "norm-accumulated", "lagged"],
 )
 def test_resume_is_the_uninterrupted_run_bit_for_bit(flags, base_args, tmp_path):
     flags = base_args | {"--max_train_steps": "4", "--checkpointing_steps": "2"} | flags
@@ -286,6 +308,11 @@ BAD_INPUT = {
     "truncated image": ({}, truncated_png, "digit_00.png"),
     "colours for a grey model": ({}, colours, "colours"),
     "resolution": ({"--resolution": "9"}, None, "--resolution 9"),
+    "lagged scale of a fixed one": (
+        {"--forget_scaling": "fixed", "--forget_scale_every": "5"},
+        None,
+        "--forget_scale_every needs --forget_scaling relative or norm",
+    ),
     "unknown method": ({"--method": "forget_it"}, None, "--method"),
     "unknown method argument": ({"--method_args": "lamda=0.5"}, None, "lam=0.5"),
     "method argument of the wrong type": ({"--method_args": "lam=half"}, None, "lam"),
