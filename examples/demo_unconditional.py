@@ -32,6 +32,16 @@ from siss_diffusers.metrics.sampling import sample_images
 
 
 MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_ddpm_digits"
+# What the training script is told; the rest are its defaults.
+SETTINGS = {
+    "--method": "siss",
+    "--forget_scaling": "relative",
+    "--forget_scale": "1",
+    "--calibrate_forgetting": "0.9",
+    "--timestep_range": ["300", "1000"],
+    "--train_batch_size": "64",
+    "--learning_rate": "2.5e-5",
+}
 NOT_COMPUTED = {
     "classifier_accuracy": "the model is unconditional: no class is asked for",
     "fid": "needs the weights of an Inception network, which this demo does not download",
@@ -117,18 +127,11 @@ def main() -> None:
     started = time.perf_counter()
     shutil.rmtree(args.output_dir, ignore_errors=True)
     garment = write_training_folder(args.output_dir / "data")
-    flags = {
+    flags = SETTINGS | {
         "--pretrained_model_name_or_path": str(MODEL),
         "--train_data_dir": str(garment.parent),
         "--forget_files": garment.name,
         "--output_dir": str(args.output_dir / "model"),
-        "--method": "siss",
-        "--forget_scaling": "relative",
-        "--forget_scale": "1",
-        "--calibrate_forgetting": "0.9",
-        "--timestep_range": ["300", "1000"],
-        "--train_batch_size": "64",
-        "--learning_rate": "2.5e-5",
         "--max_train_steps": str(args.max_train_steps),
         "--checkpointing_steps": str(args.checkpointing_steps),
         "--cache_dir": str(args.output_dir / "cache"),
