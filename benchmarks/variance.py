@@ -23,8 +23,9 @@ intervals are 95 % ones by the jackknife over ten groups of windows.
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -64,6 +65,7 @@ class Problem:
         path: the noise levels.
         keep: from a generator and a number to that many keep images, `(n, C, H, W)`.
         forget: the one forget image, `(C, H, W)`.
+        timestep_range: timesteps are uniform in lo <= t < hi.
         num_windows, num_pairs: R and B by default.
     """
 
@@ -71,11 +73,12 @@ class Problem:
     path: GaussianPath
     keep: Callable[[np.random.Generator, int], Tensor]
     forget: Tensor
+    timestep_range: tuple[int, int]
     num_windows: int
     num_pairs: int
 
 
-def digits_problem() -> Problem:
+def digits_problem(first_timestep: int) -> Problem:
     """The shipped DDPM, the digits to keep and the garment that it memorized."""
     pipeline = DDPMPipeline.from_pretrained(Path(assets_package.__file__).parent / "tiny_ddpm_digits")
     digits, garment = (
@@ -84,7 +87,13 @@ def digits_problem() -> Problem:
     )
     path = GaussianPath.from_scheduler(pipeline.scheduler)
     return Problem(
-        pipeline.unet, path, lambda generator, n: digits[generator.integers(len(digits), size=n)], garment, 400, 16
+        network=pipeline.unet,
+        path=path,
+        keep=lambda generator, n: digits[generator.integers(len(digits), size=n)],
+        forget=garment,
+        timestep_range=(first_timestep, len(path)),
+        num_windows=500,
+        num_pairs=16,
     )
 
 
@@ -100,16 +109,22 @@ def latents_problem(size: int) -> Problem:
         up_block_types=("UpBlock2D",) * 3,
         norm_num_groups=8,
     )
-    shape = (4, size, size)
     path = GaussianPath.from_scheduler(DDPMScheduler())
     return Problem(
-        network, path, lambda generator, n: standard_normal(generator, n, *shape), torch.randn(shape), 60, 8
+        network=network,
+        path=path,
+        keep=lambda generator, n: standard_normal(generator, n, 4, size, size),
+        forget=torch.randn(4, size, size),
+        timestep_range=(0, len(path)),
+        num_windows=60,
+        num_pairs=8,
     )
 
 
 PROBLEMS = {
-    "digits": lambda quick: digits_problem(),
-    "latents": lambda quick: latents_problem(16 if quick else 64),
+    "digits": lambda quick: digits_problem(0),
+    "digits_high_noise": lambda quick: digits_problem(300),  # as `make demo-unconditional` trains
+    "latents": lambda quick: latents_problem(8 if quick else 64),
 }
 
 
@@ -156,7 +171,7 @@ def draw_pairs(problem: Problem, generator: np.random.Generator, num_pairs: int)
         keep=problem.keep(generator, num_pairs),
         forget=problem.forget.expand(num_pairs, -1, -1, -1),
         noise=standard_normal(generator, num_pairs, *problem.forget.shape),
-        timesteps=torch.from_numpy(generator.integers(len(problem.path), size=num_pairs)),
+        timesteps=torch.from_numpy(generator.integers(*problem.timestep_range, size=num_pairs)),
         from_forget=torch.zeros(num_pairs, dtype=torch.bool),
         path=problem.path,
     )
@@ -171,9 +186,9 @@ def draw_rows(problem: Problem, variant: Variant, seed: int, window: int, num_pa
 class Engine:
     """Both gradients of a window, flat: those that the training scripts combine."""
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, network: Callable, parameters: Iterable[torch.nn.Parameter]) -> None:
         self.network = network
-        self.gradients = PairedGradients(network.parameters(), Rule(lambda products: (1.0, 0.0)))
+        self.gradients = PairedGradients(parameters, Rule(lambda products: (1.0, 0.0)))
         self.size = len(self.gradients.keep)
 
     def __call__(self, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -194,6 +209,11 @@ def group_gram(sums: Tensor) -> np.ndarray:
     return gram.reshape(sums.shape[:2] * 2).numpy()
 
 
+def norm_ratio(products: np.ndarray) -> float:
+    keep, _, forget = products
+    return math.sqrt(keep / forget) if forget > 0 else 0.0
+
+
 class Moments:
     """What is left of the gradients of R windows: three inner products a window, three vectors a group of windows.
 
@@ -211,15 +231,14 @@ class Moments:
 
     @property
     def ratios(self) -> np.ndarray:
-        keep, _, forget = self.products.T
-        return np.sqrt(np.divide(keep, forget, out=np.zeros_like(keep), where=forget > 0))
+        return np.array([norm_ratio(products) for products in self.products])
 
     def add(self, window: int, keep: Tensor, forget: Tensor) -> None:
         self.products[window] = inner_products(keep, forget).numpy()
         keep_sum, forget_sum, scaled_sum = self.sums[window // self.windows_per_group]
         keep_sum += keep
         forget_sum += forget
-        scaled_sum.add_(forget, alpha=self.ratios[window])
+        scaled_sum.add_(forget, alpha=norm_ratio(self.products[window]))
 
     def close(self) -> "Moments":
         """Exchange the sums for their inner products."""
@@ -300,7 +319,7 @@ def count_work(rows: Rows) -> tuple[float, float, float, bool, float]:
 
 def measure(problem: Problem, seed: int, num_windows: int, num_pairs: int) -> dict:
     """The moments and the work of every variant, the mean of all variants, and how far each is from the first."""
-    engine = Engine(problem.network)
+    engine = Engine(problem.network, problem.network.parameters())
     found = {"moments": {}, "work": {}, "gaps": {}}
     pooled = torch.zeros(GROUPS, 2, engine.size)
     for variant in VARIANTS:
@@ -348,7 +367,7 @@ def analyse(found: dict, num_pairs: int) -> dict:
         return vectors.trace_covariance(groups), vectors.squared_mean(groups)
 
     def noise_times_cost(variant: Variant, name: str, groups: np.ndarray) -> float:
-        """Up to a factor that is the same for all variants, and need not be known to compare them: a common |E v|^2."""
+        """Up to a factor that all variants share, and that need not be known to compare them: a common |E v|^2."""
         variance, mean = noise(variant, name, groups)
         cost = compute_cost(work[variant], num_pairs, name.startswith("fixed"), groups)
         return variance * cost / (1 if directions[name][1] else mean)
@@ -403,16 +422,17 @@ def analyse(found: dict, num_pairs: int) -> dict:
 def measure_bins(problem: Problem, seed: int, num_windows: int, num_pairs: int) -> list[dict]:
     """Where the variance of `siss` at lambda 0.5, stratified, comes from: with g the sum over bins of timesteps of the
     gradient g_b of the pairs within, tr Cov(g_b, g) / tr Cov(g), which sums to 1."""
-    engine = Engine(problem.network)
+    engine = Engine(problem.network, problem.network.parameters())
     size = num_windows // GROUPS
     products = np.zeros((num_windows, TIMESTEP_BINS, 2))
     sums = torch.zeros(GROUPS, 2 * TIMESTEP_BINS, engine.size)
-    width = len(problem.path) // TIMESTEP_BINS
+    edges = np.linspace(*problem.timestep_range, TIMESTEP_BINS + 1).astype(int).tolist()
     for window in tqdm(range(num_windows), desc="bins of timesteps", leave=False):
         rows = draw_rows(problem, REFERENCE, seed, window, num_pairs)
         gradients = []
-        for bin_ in range(TIMESTEP_BINS):
-            gradients += [side.clone() for side in engine(rows[(rows.timesteps // width == bin_).nonzero().flatten()])]
+        for low, high in pairwise(edges):
+            within = (rows.timesteps >= low) & (rows.timesteps < high)
+            gradients += [side.clone() for side in engine(rows[within.nonzero().flatten()])]
         for index, gradient in enumerate(gradients):
             sums[window // size, index] += gradient
         for side in range(2):
@@ -433,7 +453,7 @@ def measure_bins(problem: Problem, seed: int, num_windows: int, num_pairs: int) 
 
     return [
         {
-            "timesteps": [bin_ * width, (bin_ + 1) * width],
+            "timesteps": edges[bin_ : bin_ + 2],
             "keep": estimate_interval(lambda groups, bin_=bin_: share(bin_, 0, groups)),
             "forget": estimate_interval(lambda groups, bin_=bin_: share(bin_, 1, groups)),
         }
@@ -547,7 +567,7 @@ def print_one_sided(shares: list[dict]) -> None:
 def plot(path: Path, models: dict[str, dict]) -> None:
     """Variance x compute of each variant, with intervals; one panel a model."""
     figure, axes = plt.subplots(
-        1, len(models), sharey=True, figsize=(1 + 4.5 * len(models), 4.8), layout="constrained"
+        1, len(models), sharey=True, figsize=(2.5 + 3 * len(models), 4.8), layout="constrained"
     )
     shown = ("keep", "forget", *(f"relative {rho:g}" for rho in RHOS))
     labels = ("keep", "forget", *(rf"combined, $\rho$ = {rho:g}" for rho in RHOS))
@@ -571,10 +591,14 @@ def plot(path: Path, models: dict[str, dict]) -> None:
             axis.axhspan(position - 0.5, position + 0.5, color="0.95", zorder=0)
         axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
         axis.set_ylim(len(rows) - 0.5, -0.5)
-        axis.set_title(f"{name}, {report['pairs']} pairs a window", fontsize=10)
-        axis.set_xlabel("variance x compute, siss 0.5 stratified = 1")
+        axis.set_xscale("log")
+        axis.set_xlim(0.3, 4)
+        axis.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+        axis.minorticks_off()
+        axis.set_title(f"{name}, {report['pairs']} pairs", fontsize=10)
     handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    figure.supxlabel("variance x compute, siss 0.5 stratified = 1", fontsize=10)
+    figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=100)
 
 
@@ -582,16 +606,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = list(PROBLEMS)
     parser.add_argument("--models", nargs="+", choices=models, default=models, help=f"Default: {' '.join(models)}.")
-    parser.add_argument("--windows", type=int, help=f"A multiple of {GROUPS}. Default: 400; 60 for latents.")
+    parser.add_argument("--windows", type=int, help=f"A multiple of {GROUPS}. Default: 500; 60 for latents.")
     parser.add_argument("--pairs", type=int, help="Pairs of a window. Default: 16; 8 for latents.")
     parser.add_argument("--one_sided_windows", type=int, default=10_000, help="Without the network. Default: 10,000.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="All numbers.")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
-    parser.add_argument("--quick", action="store_true", help="Ten windows of 4 pairs, small latents: not to quote.")
+    parser.add_argument("--quick", action="store_true", help="Ten windows of 2 pairs, tiny latents: not to quote.")
     args = parser.parse_args(argv)
     if args.quick:
-        args.windows, args.pairs, args.one_sided_windows = GROUPS, 4, 100
+        args.windows, args.pairs, args.one_sided_windows = GROUPS, 2, 100
     if args.windows is not None and (args.windows < GROUPS or args.windows % GROUPS):
         parser.error(f"--windows must be a multiple of {GROUPS}")
     if args.pairs is not None and args.pairs < 2 or args.one_sided_windows < 1:
@@ -615,7 +639,7 @@ def main(argv: list[str] | None = None) -> None:
             "timestep_bins": measure_bins(problem, args.seed, num_windows, num_pairs),
         }
         print_report(name, report)
-        if name == "digits":
+        if name != "latents":  # whose weights are one-hot, as those of subscore_bernoulli always are
             report["one_sided"] = one_sided_shares(problem, args.seed, args.one_sided_windows)
             print_one_sided(report["one_sided"])
         output["models"][name] = report
