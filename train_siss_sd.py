@@ -451,7 +451,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.empty_cache()
 
     model, optimizer = accelerator.prepare(unet, optimizer)
-    unet, network = accelerator.unwrap_model(model), trained_network(accelerator, model)
+    unet = accelerator.unwrap_model(model, keep_torch_compile=False)
+    network = trained_network(accelerator, model)
     trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     sharded = is_sharded(unet)
     path_on_device = path.to(device)

@@ -252,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
         num_training_steps=args.max_train_steps,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    unet, network = accelerator.unwrap_model(model), trained_network(accelerator, model)
+    unet = accelerator.unwrap_model(model, keep_torch_compile=False)
+    network = trained_network(accelerator, model)
     parameters, sharded = list(unet.parameters()), is_sharded(unet)
     path_on_device = path.to(accelerator.device)
     ema_model = None

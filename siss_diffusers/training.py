@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    DynamoBackend,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
@@ -133,6 +135,7 @@ def check_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
         UsageError: naming what to use.
     """
     examples = "see examples/accelerate"
+    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if not accelerator.is_fsdp2:
@@ -141,6 +144,7 @@ def check_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
             "--mixed_precision fp16": args.mixed_precision == "fp16",
             "--use_8bit_adam": args.use_8bit_adam,
             "--offload_ema": getattr(args, "offload_ema", False),
+            "`dynamo_config`": compiles,
             "`fsdp_offload_params`": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         }
         engine, instead = "FSDP 2", "drop it (for fp16: use bf16), or use DDP"
@@ -152,6 +156,7 @@ def check_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
             f"ZeRO-{plugin.zero_stage}": plugin.zero_stage not in (0, 1, 2),
             "--mixed_precision fp16": args.mixed_precision == "fp16",
             "offloading": any(offload.get("device", "none") != "none" for offload in offloads),
+            "`dynamo_config`": compiles,
             "--use_8bit_adam": args.use_8bit_adam,
             "--use_ema": args.use_ema,
             "--resume_from_checkpoint": args.resume_from_checkpoint is not None,
@@ -203,7 +208,7 @@ def take_step(
 
 def make_optimizer(args: argparse.Namespace, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, in 8 bits where asked for."""
-    optimizer_class = torch.optim.AdamW
+    optimizer_class = partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         import bitsandbytes as bnb
 

@@ -15,6 +15,7 @@ from conftest import NUM_DIGITS, NUM_GARMENTS, TINY_MODEL, assert_refused, to_ar
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from siss_diffusers import METHODS
 from siss_diffusers.assets.digits import digit_images, garment_image
@@ -113,6 +114,23 @@ def test_a_one_sided_step_is_no_scale_to_go_on_with(base_args, tmp_path):
     scales = [line["forget_scale"] for line in read_log(tmp_path / "out")]
     assert scales[0] == scales[6] == 0 < scales[1]
     assert set(scales[1:6] + scales[7:]) == {scales[1]}
+
+
+def test_a_compiled_network_is_compiled_once_for_all_sizes_of_groups(base_args, tmp_path, monkeypatch):
+    """As accelerate's `dynamo_config` asks for it; without the compiler behind it, which takes minutes on a CPU."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    flags = {"--max_train_steps": "12", "--train_batch_size": "16", "--checkpointing_steps": "6"}
+    torch._dynamo.reset()
+    counters.clear()
+    main(to_argv(base_args | flags))
+    # The first size, all others, and a single row, for which dynamo always makes a graph of its own.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+    AcceleratorState._reset_state(reset_partial_state=True)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-12")
+    compiled = load_file(tmp_path / "out" / WEIGHTS)
+    main(to_argv(base_args | flags | {"--resume_from_checkpoint": "latest"}))
+    assert all(value.equal(compiled[name]) for name, value in load_file(tmp_path / "out" / WEIGHTS).items())
+    DDPMPipeline.from_pretrained(tmp_path / "out")
 
 
 def test_8bit_adam(base_args, tmp_path):
