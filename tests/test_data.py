@@ -8,11 +8,11 @@ from PIL import Image
 from siss_diffusers.data import (
     Images,
     ImageTransform,
+    KeepOrder,
     PairDataset,
     WindowSampler,
     digest_images,
     nearest_neighbors,
-    neighbor_candidates,
     to_channels,
     window_loader,
 )
@@ -86,37 +86,37 @@ def test_digest_sees_pixels_not_files(tmp_path):
     other[0, 0] += 1
     images = make_images([pixels, np.repeat(pixels[..., None], 3, axis=2), other], tmp_path / "a")
     Image.fromarray(pixels).save(tmp_path / "a" / "00.png", format="BMP")
-    first, second, third = digest_images(images)
+    first, second, third = digest_images(images, range(3))
     assert first == second != third
 
 
 def test_digests_are_the_same_for_any_number_of_processes(numbered):
     parts = []
     for process_index in range(3):
-        digest_images(numbered, process_index, 3, gather=lambda part: parts.extend(part) or part)
-    assert [digest for part, _ in parts for digest in part] == digest_images(numbered)
+        digest_images(numbered, range(20), process_index, 3, gather=lambda part: parts.extend(part) or part)
+    assert [digest for part, _ in parts for digest in part] == digest_images(numbered, range(20))
 
 
 def test_nearest_neighbors(numbered, tmp_path):
     forget = make_images([np.full((8, 8), 7, np.uint8)], tmp_path / "forget")
-    (neighbors,) = nearest_neighbors(numbered, forget, 3, neighbor_candidates(20, seed=0))
+    (neighbors,) = nearest_neighbors(numbered, forget, 3, range(20))
     assert sorted(neighbors) == [6, 7, 8]
 
 
 def test_nearest_neighbors_of_the_same_condition(numbered, tmp_path):
     forget = make_images([np.full((8, 8), 7, np.uint8)], tmp_path / "forget")
     even_and_odd = [index % 2 for index in range(20)]
-    candidates = neighbor_candidates(20, 0, even_and_odd, [1])
     (neighbors,) = nearest_neighbors(numbered, forget, 3, range(20), even_and_odd, [1])
-    assert candidates == list(range(1, 20, 2)) and sorted(neighbors) == [5, 7, 9]
+    assert sorted(neighbors) == [5, 7, 9]
     with pytest.raises(UsageError, match="only 10 images to keep with the prompt"):
-        nearest_neighbors(numbered, forget, 11, candidates, even_and_odd, [1])
+        nearest_neighbors(numbered, forget, 11, range(20), even_and_odd, [1])
 
 
 class TestPairs:
     def pairs(self, numbered, method=None, num_pairs=4, timestep_range=(0, 1000), seed=0, **kwargs) -> PairDataset:
         keep, forget = numbered.select(range(15)), numbered.select(range(15, 20))
-        return PairDataset(keep, forget, method or SISS(), num_pairs, timestep_range, seed, **kwargs)
+        order = KeepOrder(keep, np.arange(15), set(), seed)
+        return PairDataset(keep, forget, order, method or SISS(), num_pairs, timestep_range, seed, **kwargs)
 
     def test_keep_and_forget_are_disjoint_and_every_image_is_used(self, numbered):
         pairs = self.pairs(numbered)

@@ -105,6 +105,7 @@ def test_every_method_runs_and_changes_only_the_unet(kind, method, full_args, mo
         "forget": NUM_FORGET,
         "keep": NUM_KEEP,
         "duplicates_removed": 0,
+        "checked": NUM_KEEP,
     }
     if kind == "lora":
         assert sorted(path.name for path in out.iterdir()) == [
