@@ -478,6 +478,8 @@ def forget_rows_of(
     int2str = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
 
     def has_value(values: pa.Array) -> pa.Array:
+        if pa.types.is_string(values.type):
+            return pc.fill_null(pc.equal(values, forget_value), False)
         distinct = values.unique()
         matches = [
             value is not None and forget_value in (str(value), str(int2str(value))) for value in distinct.to_pylist()
@@ -504,19 +506,19 @@ def named_rows(cells: pa.ChunkedArray, names: Sequence[str], root: Path) -> list
         UsageError: for a name of no file, or of several.
     """
     wanted = {Path(name).as_posix() for name in names}
-    last_parts = pa.array(sorted({Path(name).name for name in wanted}), pa.string())
+    whole = pa.array([str(root / name) for name in wanted], pa.string())
+    last_parts = pa.array([name for name in wanted if "/" not in name], pa.string())
+    paths = pc.struct_field(cells, "path")
 
-    def may_be_named(values: pa.Array) -> pa.Array:
-        paths = pc.struct_field(values, "path")
-        return pc.is_in(pc.replace_substring_regex(paths, rf"(?s)^.*{re.escape(os.sep)}", ""), last_parts)
+    def is_named(values: pa.Array) -> pa.Array:
+        last = pc.replace_substring_regex(values, rf"(?s)^.*{re.escape(os.sep)}", "")
+        return pc.or_(pc.is_in(values, whole), pc.is_in(last, last_parts))
 
+    rows = rows_where(paths, is_named)
     by_name: dict[str, list[int]] = {}
-    for index in rows_where(cells, may_be_named).tolist():
-        path = Path(cells[index]["path"].as_py())
-        known = {path.name}
-        if path.is_relative_to(root):
-            known.add(path.relative_to(root).as_posix())
-        for name in known & wanted:
+    for index, path in zip(rows.tolist(), map(Path, paths.take(pa.array(rows)).to_pylist())):
+        below = {path.relative_to(root).as_posix()} if path.is_relative_to(root) else set()
+        for name in {path.name, *below} & wanted:
             by_name.setdefault(name, []).append(index)
     found = []
     for name in names:
