@@ -39,7 +39,7 @@ BATCHES, ACCUMULATIONS, FORGET_IMAGES, PROCESSES = (1, 4, 16, 64), (1, 4, 16), (
 COLUMNS = {
     "images": (
         *("first_start_seconds", "conversion_seconds", "start_seconds", "above_smallest_seconds"),
-        *("start_processor_seconds", "seconds_per_step"),
+        *("first_start_processor_seconds", "start_processor_seconds", "seconds_per_step"),
     ),
     "batch": ("steps_per_second", "pairs_per_second"),
     "accumulation": ("steps_per_second", "pairs_per_second"),
@@ -194,6 +194,7 @@ def measure(setting: Setting, args: argparse.Namespace, folder: Path) -> dict[st
     pairs = setting.batch * setting.accumulation * setting.processes
     return vars(setting) | {
         "first_start_seconds": first["start_seconds"],
+        "first_start_processor_seconds": first["start_processor_seconds"],
         "first_peak_anonymous_bytes": first["peak_anonymous_bytes"],
         "conversion_seconds": first["start_seconds"] - row["start_seconds"],
         **row,
@@ -235,7 +236,7 @@ AXES: dict[str, Callable[[argparse.Namespace], list[Setting]]] = {
 def measure_axis(axis: str, args: argparse.Namespace, folder: Path) -> list[dict[str, float | None]]:
     """The rows of a table, printed as they come."""
     columns = COLUMNS[axis]
-    titles = [name.removesuffix("_seconds").replace("_", " ") for name in columns]
+    titles = [name.removesuffix("_seconds").replace("_", " ").replace("processor", "CPU") for name in columns]
     print(f"\n{axis:>12}" + "".join(f"{title:>17}" for title in titles) + f"{'peak MB':>9}", flush=True)
     rows = []
     for setting in AXES[axis](args):
