@@ -271,7 +271,7 @@ def draw(results: dict[str, list[dict]], file: str) -> None:
         below.plot(values, [(row["peak_anonymous_bytes"] or 0) / 1e6 for row in rows], "o-", label="peak MB")
         for panel in (above, below):
             panel.set_xscale("log")
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.2 * max(max(line.get_ydata()) for line in panel.lines))
             panel.legend()
         below.set_xlabel({"batch": "pairs", "forget": "images to forget"}.get(axis, axis))
     figure.savefig(file, dpi=120)
