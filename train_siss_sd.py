@@ -6,9 +6,11 @@ import gc
 import math
 import os
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 import torch.distributed
 from accelerate.logging import get_logger
@@ -34,21 +36,22 @@ from siss_diffusers.arguments import (
     program_name,
     unit_float,
 )
-from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, calibration_draws, measure_thresholds
+from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, measure_thresholds
 from siss_diffusers.checkpoints import load_state, tidy
 from siss_diffusers.data import (
+    MAX_NEIGHBOR_CANDIDATES,
     ImageTransform,
     Latents,
     PairDataset,
     WindowSampler,
+    first_positions,
     load_captions,
     nearest_neighbors,
-    neighbor_candidates,
-    planned_rows,
+    same_captions,
     split_data,
     window_loader,
 )
-from siss_diffusers.draws import ADAPTER, MODEL, SUBSET, keyed_generator, torch_seed
+from siss_diffusers.draws import ADAPTER, MODEL, shuffled_index, torch_seed
 from siss_diffusers.errors import UsageError, run
 from siss_diffusers.lora import ATTENTION_PROJECTIONS, LORA_FILE, add_lora, check_target_modules, load_lora, save_lora
 from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES, CopyDetectors, copy_statistics, for_detectors
@@ -58,6 +61,7 @@ from siss_diffusers.pipelines import check_stable_diffusion, choose_resolution, 
 from siss_diffusers.receipt import write_receipt
 from siss_diffusers.sharding import is_sharded, load_model, reshard, save_model, save_pipeline
 from siss_diffusers.training import (
+    DataPart,
     StepLog,
     StopSignal,
     averaged_weights,
@@ -71,6 +75,7 @@ from siss_diffusers.training import (
     log_validation,
     make_accelerator,
     make_optimizer,
+    planned_positions,
     prepare_repository,
     restore_training_state,
     save_together,
@@ -184,6 +189,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     if args.max_train_steps is not None and args.num_train_epochs is not None:
         parser.error("--max_train_steps and --num_train_epochs exclude each other; give one")
+    if args.max_train_steps is None and args.num_train_epochs is None:
+        args.max_train_steps = 35
     if args.validation_steps is not None and args.validation_epochs is not None:
         parser.error("--validation_steps and --validation_epochs exclude each other; give one")
     if args.validation_prompts and not (args.validation_steps or args.validation_epochs):
@@ -297,14 +304,39 @@ def main(argv: list[str] | None = None) -> None:
         random_flip=args.random_flip,
         interpolation=args.image_interpolation_mode,
     )
-    keep_images, forget_images, digests, counts = split_data(args, transform, accelerator)
-    if args.max_train_samples is not None and args.max_train_samples < len(keep_images):
-        generator = keyed_generator(args.seed, SUBSET)
-        keep_images = keep_images.select(generator.choice(len(keep_images), args.max_train_samples, replace=False))
-        counts["keep"] = len(keep_images)
-    keep_captions = load_captions(keep_images, args.caption_column)
-    forget_captions = load_captions(forget_images, args.caption_column)
-    random_crops = not args.center_crop and not (keep_images.all_square() and forget_images.all_square())
+    checkpoint = find_resumed(args, accelerator)
+    num_positions = planned_positions(args, accelerator, checkpoint)
+    train_images, forget_images, keep_order, forget_digests = split_data(
+        args, transform, accelerator, num_positions, args.max_train_samples
+    )
+    train_captions = load_captions(train_images, args.caption_column, keep_order.candidates)
+    forget_captions = load_captions(forget_images, args.caption_column).to_pylist()
+
+    def captions_of(rows: Sequence[int]) -> list[str]:
+        return train_captions.take(pa.array(rows, pa.int64())).to_pylist()
+
+    data = {
+        "images to keep": DataPart(len(keep_order.candidates), keep_order.digests[keep_order.drawn]),
+        "images to forget": DataPart(len(forget_images), forget_digests),
+    }
+    prompts_used = [caption.encode() for caption in forget_captions + captions_of(keep_order.drawn)]
+    data["prompts"] = DataPart(len(forget_captions) + len(keep_order.candidates), prompts_used)
+    description = describe_run(args, method, accelerator, checkpoint, data)
+    if checkpoint is not None:
+        check_resumed(args, checkpoint, description, data)
+
+    # Ordinary images to compare with: of the prompts of the forget images, where there are any.
+    alike = same_captions(train_captions, forget_captions)
+
+    def first_alike(count: int) -> list[int]:
+        return keep_order.first(count, alike) or keep_order.first(count)
+
+    calibration_rows = [] if args.calibrate_forgetting is None else first_alike(NUM_BINS * DRAWS_PER_BIN)
+    detector_rows = first_alike(MAX_KEEP_IMAGES) if args.validation_steps or args.validation_epochs else []
+    candidates = keep_order.first(MAX_NEIGHBOR_CANDIDATES, alike) if hasattr(method, "num_neighbors") else []
+    counts = {"train": len(train_images), "forget": len(forget_images), **keep_order.counts()}
+    encoded = {*keep_order.drawn.tolist(), *calibration_rows, *candidates}
+    random_crops = not args.center_crop and not (train_images.all_square(encoded) and forget_images.all_square())
     if args.cache_latents and random_crops:
         raise UsageError(
             "--cache_latents: some images are not square, and a cached latent cannot be cropped; add --center_crop"
@@ -312,14 +344,8 @@ def main(argv: list[str] | None = None) -> None:
     cache_latents = args.cache_latents is not False and not (args.random_flip or random_crops)
     logger.info(
         f"Keep {counts['keep']}, forget {counts['forget']} images; removed {counts['duplicates_removed']} exact"
-        " duplicates of forget images from the keep set"
+        f" duplicates of forget images from the keep set, among the {counts['checked']} images that may be used"
     )
-    checkpoint = find_resumed(args, accelerator)
-    data = {"images to keep": digests["keep"], "images to forget": digests["forget"]}
-    data["prompts"] = [caption.encode() for caption in keep_captions + forget_captions]
-    description = describe_run(args, method, accelerator, checkpoint, data)
-    if checkpoint is not None:
-        check_resumed(args, checkpoint, description)
 
     # The models
     where = {"variant": args.variant, "cache_dir": args.cache_dir, "use_safetensors": True}
@@ -362,9 +388,9 @@ def main(argv: list[str] | None = None) -> None:
     trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
     pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(keep_images) / pairs_per_step)
+    steps_per_epoch = math.ceil(counts["keep"] / pairs_per_step)
     if args.max_train_steps is None:
-        args.max_train_steps = 35 if args.num_train_epochs is None else args.num_train_epochs * steps_per_epoch
+        args.max_train_steps = args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps
     if args.validation_epochs is not None:
         validation_steps = args.validation_epochs * steps_per_epoch
@@ -393,36 +419,25 @@ def main(argv: list[str] | None = None) -> None:
         first_window=state["window"],
     )
     planned_windows = args.max_train_steps + args.max_skipped_steps
-    keep_rows, forget_rows = (
-        planned_rows(sampler, planned_windows, args.seed, which, len(images))
-        for which, images in enumerate((keep_images, forget_images))
-    )
+    positions = first_positions(sampler, planned_windows)
+    # Of the images to keep also those to compare with; ReTrack compares all forget images.
+    keep_rows = sorted({*(keep_order[position] for position in positions), *calibration_rows, *candidates})
+    forget_rows = {shuffled_index(args.seed, 1, position, len(forget_images)) for position in positions}
+    if hasattr(method, "num_neighbors"):
+        forget_rows = set(range(len(forget_images)))
     prompts = Prompts(pipeline.tokenizer)
-    keep_conditions, forget_conditions = prompts.number(keep_captions), prompts.number(forget_captions)
+    forget_conditions = prompts.number(forget_captions)
+    keep_conditions = dict(zip(keep_rows, prompts.number(captions_of(keep_rows))))
     (empty_prompt,), validation_conditions = prompts.number([""]), prompts.number(args.validation_prompts)
     if prompts.truncated:
         logger.warning(
             f"{prompts.truncated} prompts are longer than the {pipeline.tokenizer.model_max_length} tokens that the"
             " text encoder takes; what is beyond is not seen"
         )
-    # Ordinary images to compare with: of the prompts of the forget images, where there are any.
     forget_prompts = sorted(set(forget_conditions))
-    alike = [index for index, number in enumerate(keep_conditions) if number in set(forget_prompts)]
-    alike = alike or list(range(len(keep_images)))
-    if args.calibrate_forgetting is not None:
-        draws = (
-            calibration_draws(args.seed, len(alike), timestep_range, index)[0]
-            for index in range(NUM_BINS * DRAWS_PER_BIN)
-        )
-        keep_rows |= {alike[image] for image in draws}
-    candidates = []
-    if hasattr(method, "num_neighbors"):
-        candidates = neighbor_candidates(len(keep_images), args.seed, keep_conditions, forget_conditions)
-        keep_rows |= set(candidates)
-        forget_rows = set(range(len(forget_images)))
 
     encode, scaling_factor = vae_encoder(vae), vae.config.scaling_factor
-    keep, forget = (Latents(images, encode, scaling_factor) for images in (keep_images, forget_images))
+    keep, forget = (Latents(images, encode, scaling_factor) for images in (train_images, forget_images))
     if cache_latents:
         started = time.perf_counter()
         keep.cache(keep_rows, progress=accelerator.is_local_main_process)
@@ -431,9 +446,9 @@ def main(argv: list[str] | None = None) -> None:
             f"Encoded {len(keep_rows) + len(forget_rows)} images in {time.perf_counter() - started:.1f} s; their"
             f" latents take {(keep.cached_bytes + forget.cached_bytes) / 1e6:.0f} MB of memory"
         )
-    used = {keep_conditions[index] for index in keep_rows} | {*forget_prompts, *validation_conditions, empty_prompt}
+    used = {*keep_conditions.values(), *forget_prompts, *validation_conditions, empty_prompt}
     prompt_table, row_of = prompts.embed(text_encoder, used, weight_dtype)
-    keep_conditions = [row_of.get(number, -1) for number in keep_conditions]  # -1: never drawn
+    keep_conditions = {row: row_of[number] for row, number in keep_conditions.items()}
     forget_conditions = [row_of[number] for number in forget_conditions]
     neighbors = None
     if hasattr(method, "num_neighbors"):
@@ -484,13 +499,13 @@ def main(argv: list[str] | None = None) -> None:
         started = time.perf_counter()
 
         def predict_on_host(noisy: torch.Tensor, timesteps: torch.Tensor, images: list[int]) -> torch.Tensor:
-            hidden_states = prompt_table[[keep_conditions[alike[image]] for image in images]]
+            hidden_states = prompt_table[[keep_conditions[calibration_rows[image]] for image in images]]
             model_timesteps = path_on_device.model_timesteps[timesteps.to(device)]
             return network(noisy.to(device), model_timesteps, hidden_states).sample.float().cpu()
 
         thresholds = measure_thresholds(
-            lambda image, generator: keep.load(alike[image], generator),
-            len(alike),
+            lambda image, generator: keep.load(calibration_rows[image], generator),
+            len(calibration_rows),
             path,
             predict_on_host,
             timestep_range,
@@ -530,11 +545,11 @@ def main(argv: list[str] | None = None) -> None:
         if folder is not None:
             lora = {"rank": args.rank, "alpha": args.lora_alpha} if args.use_lora else None
             write_report(folder, args, accelerator, method, counts, timestep_range, state, lora=lora)
-            write_receipt(folder / "receipt.json", digests["forget"])
+            write_receipt(folder / "receipt.json", forget_digests)
 
     detectors = None
     if accelerator.is_main_process and validation_steps:
-        shown = torch.stack([keep_images.load(index) for index in alike[:MAX_KEEP_IMAGES]])
+        shown = torch.stack([train_images.load(index) for index in detector_rows])
         references = torch.stack([forget_images.load(index) for index in range(len(forget_images))])
         detectors = CopyDetectors.calibrated(for_detectors(references / 2 + 0.5), for_detectors(shown / 2 + 0.5))
 
@@ -584,6 +599,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs = PairDataset(
         keep,
         forget,
+        keep_order,
         method,
         sampler.num_pairs,
         timestep_range,

@@ -31,11 +31,11 @@ from siss_diffusers.arguments import (
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, measure_thresholds
 from siss_diffusers.checkpoints import load_state, tidy
 from siss_diffusers.data import (
+    MAX_NEIGHBOR_CANDIDATES,
     ImageTransform,
     PairDataset,
     WindowSampler,
     nearest_neighbors,
-    neighbor_candidates,
     split_data,
     window_loader,
 )
@@ -47,6 +47,7 @@ from siss_diffusers.pipelines import load_pipeline_class, loading
 from siss_diffusers.receipt import write_receipt
 from siss_diffusers.sharding import is_sharded, load_model, reshard, save_model, save_pipeline
 from siss_diffusers.training import (
+    DataPart,
     StepLog,
     StopSignal,
     averaged_weights,
@@ -60,6 +61,7 @@ from siss_diffusers.training import (
     log_validation,
     make_accelerator,
     make_optimizer,
+    planned_positions,
     prepare_repository,
     restore_training_state,
     save_together,
@@ -129,6 +131,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     if args.max_train_steps is not None and args.num_epochs is not None:
         parser.error("--max_train_steps and --num_epochs exclude each other; give one")
+    if args.max_train_steps is None and args.num_epochs is None:
+        args.max_train_steps = 60
     if args.learning_rate is None:
         args.learning_rate = 5e-6
     return args
@@ -196,21 +200,29 @@ def main(argv: list[str] | None = None) -> None:
         random_flip=args.random_flip,
         preserve_input_precision=args.preserve_input_precision,
     )
-    keep, forget, digests, counts = split_data(args, transform, accelerator)
-    logger.info(
-        f"Keep {counts['keep']}, forget {counts['forget']} images; removed {counts['duplicates_removed']} exact"
-        " duplicates of forget images from the keep set"
-    )
     checkpoint = find_resumed(args, accelerator)
-    data = {"images to keep": digests["keep"], "images to forget": digests["forget"]}
+    num_positions = planned_positions(args, accelerator, checkpoint)
+    train, forget, keep_order, forget_digests = split_data(args, transform, accelerator, num_positions)
+    data = {
+        "images to keep": DataPart(len(keep_order.candidates), keep_order.digests[keep_order.drawn]),
+        "images to forget": DataPart(len(forget), forget_digests),
+    }
     description = describe_run(args, method, accelerator, checkpoint, data)
     if checkpoint is not None:
-        check_resumed(args, checkpoint, description)
+        check_resumed(args, checkpoint, description, data)
+    # Ordinary images to compare with.
+    calibration_rows = [] if args.calibrate_forgetting is None else keep_order.first(NUM_BINS * DRAWS_PER_BIN)
+    detector_rows = keep_order.first(MAX_DETECTOR_IMAGES) if args.validation_steps or args.save_images_epochs else []
+    candidates = keep_order.first(MAX_NEIGHBOR_CANDIDATES) if hasattr(method, "num_neighbors") else []
+    counts = {"train": len(train), "forget": len(forget), **keep_order.counts()}
+    logger.info(
+        f"Keep {counts['keep']}, forget {counts['forget']} images; removed {counts['duplicates_removed']} exact"
+        f" duplicates of forget images from the keep set, among the {counts['checked']} images that may be used"
+    )
     neighbors = None
     if hasattr(method, "num_neighbors"):
-        candidates = neighbor_candidates(len(keep), args.seed)
         logger.info(f"Searching the neighbours of the forget images among {len(candidates)} keep images")
-        neighbors = nearest_neighbors(keep, forget, method.num_neighbors, candidates)
+        neighbors = nearest_neighbors(train, forget, method.num_neighbors, candidates)
 
     # The model
     with loading(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"):
@@ -241,9 +253,9 @@ def main(argv: list[str] | None = None) -> None:
 
     optimizer = make_optimizer(args, model.parameters())
     pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(keep) / pairs_per_step)
+    steps_per_epoch = math.ceil(counts["keep"] / pairs_per_step)
     if args.max_train_steps is None:
-        args.max_train_steps = 60 if args.num_epochs is None else args.num_epochs * steps_per_epoch
+        args.max_train_steps = args.num_epochs * steps_per_epoch
     # Not prepared: accelerate would step a prepared one once for every process.
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -292,8 +304,8 @@ def main(argv: list[str] | None = None) -> None:
             return network(noisy.to(accelerator.device), model_timesteps).sample.float().cpu()
 
         thresholds = measure_thresholds(
-            keep.load,
-            len(keep),
+            lambda image, generator: train.load(calibration_rows[image], generator),
+            len(calibration_rows),
             path,
             predict_on_host,
             timestep_range,
@@ -330,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
 
     detectors = None
     if accelerator.is_main_process and (args.validation_steps or args.save_images_epochs):
-        shown = torch.stack([keep.load(index) for index in range(min(len(keep), MAX_DETECTOR_IMAGES))])
+        shown = torch.stack([train.load(index) for index in detector_rows])
         references = torch.stack([forget.load(index) for index in range(len(forget))])
         detectors = CopyDetectors.calibrated(references / 2 + 0.5, shown / 2 + 0.5)
 
@@ -382,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
         num_processes=accelerator.num_processes,
         first_window=state["window"],
     )
-    pairs = PairDataset(keep, forget, method, sampler.num_pairs, timestep_range, args.seed, neighbors)
+    pairs = PairDataset(train, forget, keep_order, method, sampler.num_pairs, timestep_range, args.seed, neighbors)
     batches = iter(window_loader(pairs, sampler, args.dataloader_num_workers))
     step_log = StepLog(args, accelerator, state)
     stop_signal = StopSignal()
@@ -450,7 +462,7 @@ def main(argv: list[str] | None = None) -> None:
         write_pipeline(folder)
         if folder is not None:
             write_report(folder, args, accelerator, method, counts, timestep_range, state)
-            write_receipt(folder / "receipt.json", digests["forget"])
+            write_receipt(folder / "receipt.json", forget_digests)
 
     save_together(accelerator, unet, output_dir, write_result, last="model_index.json")
     logger.info(f"Saved the unlearned pipeline to {output_dir}")

@@ -3,8 +3,9 @@
 import argparse
 import hashlib
 import os
+import re
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from io import BytesIO
@@ -15,6 +16,7 @@ from typing import Protocol
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torchvision.transforms.functional as TF
@@ -27,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from siss_diffusers.draws import NEIGHBORS, PAIR, keyed_generator, mixture_components, shuffled_index
+from siss_diffusers.draws import PAIR, epoch_order, keyed_generator, mixture_components, shuffled_index
 from siss_diffusers.errors import UsageError
 from siss_diffusers.methods import Method
 
@@ -164,18 +166,15 @@ class Images:
     def select(self, indices: Sequence[int]) -> "Images":
         return Images(self.rows.select(indices), self.column, self.transform, self.flag)
 
-    def column_values(self, column: str) -> list:
-        return list(self.rows[column])
-
-    def all_square(self) -> bool:
-        """Whether cropping has nothing to choose; reads headers only.
+    def all_square(self, indices: Iterable[int] | None = None) -> bool:
+        """Whether cropping has nothing to choose in these images, or in all; reads headers only.
 
         Raises:
             UsageError: naming the file, where it cannot be read.
         """
-        for index, cell in enumerate(self.rows[self.column]):
+        for index in range(len(self)) if indices is None else indices:
             try:
-                with open_image(source_of(cell)) as image:
+                with open_image(source_of(self.rows[int(index)][self.column])) as image:
                     if image.width != image.height:
                         return False
             except Exception as error:
@@ -280,21 +279,25 @@ def check_image_paths(rows: datasets.Dataset, column: str, flag: str, roots: Seq
     Raises:
         UsageError: for any other, before one is read.
     """
-    cells = rows.data.column(column)
-    paths = pc.struct_field(cells, "path")
-    missing = pc.index(pc.and_(pc.is_null(paths), pc.is_null(pc.struct_field(cells, "bytes"))), True).as_py()
-    if missing >= 0:
-        raise UsageError(f"{flag}: row {missing} has no image; remove it, or name its file in the metadata")
-    paths = paths.filter(pc.is_null(pc.struct_field(cells, "bytes")))
     roots = tuple({os.path.join(way(root), "") for root in roots for way in (os.path.abspath, os.path.realpath)})
-    for root in roots:
-        below = pc.and_(pc.starts_with(paths, root), pc.invert(pc.match_substring(paths, "..")))
-        paths = paths.filter(pc.invert(below))
-    for path in paths.to_pylist():
-        if "::" in path:
-            raise UsageError(f"{flag}: {path} lies in an archive; unpack it")
-        if ".." in Path(path).parts or not os.path.abspath(path).startswith(roots):
-            raise UsageError(f"{flag}: {path} lies outside of the data set; copy or link it there")
+    first = 0
+    for cells in rows.data.column(column).chunks:  # one at a time: a filter copies the paths
+        paths, in_file = pc.struct_field(cells, "path"), pc.is_null(pc.struct_field(cells, "bytes"))
+        missing = pc.index(pc.and_(pc.is_null(paths), in_file), True).as_py()
+        if missing >= 0:
+            raise UsageError(
+                f"{flag}: row {first + missing} has no image; remove it, or name its file in the metadata"
+            )
+        paths = paths.filter(in_file)
+        for root in roots:
+            below = pc.and_(pc.starts_with(paths, root), pc.invert(pc.match_substring(paths, "..")))
+            paths = paths.filter(pc.invert(below))
+        for path in paths.to_pylist():
+            if "::" in path:
+                raise UsageError(f"{flag}: {path} lies in an archive; unpack it")
+            if ".." in Path(path).parts or not os.path.abspath(path).startswith(roots):
+                raise UsageError(f"{flag}: {path} lies outside of the data set; copy or link it there")
+        first += len(cells)
 
 
 def load_image_rows(args: argparse.Namespace, flag: str, folder: str | None) -> datasets.Dataset:
@@ -321,9 +324,13 @@ def load_image_rows(args: argparse.Namespace, flag: str, folder: str | None) -> 
 
 
 def digest_images(
-    images: Images, process_index: int = 0, num_processes: int = 1, gather: Callable[[list], list] = list
+    images: Images,
+    indices: Sequence[int],
+    process_index: int = 0,
+    num_processes: int = 1,
+    gather: Callable[[list], list] = list,
 ) -> list[bytes]:
-    """The digest of every image, computed in equal parts by all processes.
+    """The digest of each of these images, computed in equal parts by all processes.
 
     Args:
         gather: concatenates the lists of all processes, such as `accelerate.utils.gather_object`.
@@ -331,12 +338,12 @@ def digest_images(
     Raises:
         UsageError: on every process, where any of them cannot use an image.
     """
-    bounds = np.linspace(0, len(images), num_processes + 1).astype(int)
+    bounds = np.linspace(0, len(indices), num_processes + 1).astype(int)
     part, failure = [], None
-    indices = range(bounds[process_index], bounds[process_index + 1])
+    indices = indices[bounds[process_index] : bounds[process_index + 1]]
     try:
         for index in tqdm(indices, desc="Reading images", disable=process_index > 0 or len(indices) < 5_000):
-            part.append(images.digest(index))
+            part.append(images.digest(int(index)))
     except UsageError as error:
         failure = str(error)
     parts = gather([(part, failure)])
@@ -344,6 +351,97 @@ def digest_images(
         if failure is not None:
             raise UsageError(failure)
     return [digest for part, _ in parts for digest in part]
+
+
+class KeepOrder:
+    """The rows to keep, in the endless order in which they are drawn: reshuffled passes over the rows of the training
+    set that are no forget rows, exact copies of forget images left out.
+
+    Whether a row is a copy is known once it is decoded, so the first pass is a shuffle of all candidates that is walked
+    only as far as positions are asked for, its copies skipped. A shuffle without some of its elements is a shuffle of
+    the others, so this is exactly the order of a set that had its copies removed beforehand. By the end of the first
+    pass every candidate was decoded, and later passes shuffle what was kept. What is at a position depends on nothing
+    but seed and data: not on how far the order was walked before, nor by which process.
+
+    Args:
+        images: the training set; rows are numbers into it.
+        candidates: `(N,)` int64, the rows that are not in the forget set by their numbers, ascending.
+        forgotten: digests of the forget images.
+        limit: use only so many images, the first of the first pass.
+    """
+
+    def __init__(
+        self, images: Images, candidates: np.ndarray, forgotten: set[bytes], seed: int, limit: int | None = None
+    ) -> None:
+        self.images = images
+        self.candidates = candidates
+        self.forgotten = forgotten
+        self.seed = seed
+        self.limit = min(limit or len(candidates), len(candidates))
+        self.first_pass = candidates[epoch_order(seed, 0, 0, len(candidates))]
+        self.walked = 0  # of `first_pass`
+        self.drawn = np.empty(0, dtype=np.int64)  # of those, what is kept, in order
+        # By row. Pages of zeros take memory only once they are written to.
+        self.digests = np.zeros((len(images), 16), dtype=np.uint8)
+        self.checked = np.zeros(len(images), dtype=bool)
+        self.copies = np.zeros(len(images), dtype=bool)
+
+    def __getitem__(self, position: int) -> int:
+        """The row at a position.
+
+        Raises:
+            UsageError: where an image on the way there cannot be used.
+        """
+        self.walk(position + 1)
+        if position < len(self.drawn):
+            return int(self.drawn[position])
+        epoch, index = divmod(position, len(self.drawn))
+        return int(self.drawn[epoch_order(self.seed, 0, epoch, len(self.drawn))[index]])
+
+    def walk(self, num_positions: int, digest: Callable[[Images, Sequence[int]], list[bytes]] = digest_images) -> None:
+        """Check as many rows as the first `num_positions` positions need.
+
+        Args:
+            digest: `digest_images`, or with its arguments for several processes that all call this.
+        """
+        wanted = min(num_positions, self.limit)
+        while len(self.drawn) < wanted and self.walked < len(self.first_pass):
+            rows = self.first_pass[self.walked : self.walked + wanted - len(self.drawn)]
+            self.drawn = np.concatenate([self.drawn, rows[~self._are_copies(rows, digest)]])
+            self.walked += len(rows)
+
+    def first(self, count: int, among: np.ndarray | None = None) -> list[int]:
+        """Up to `count` distinct rows to keep, the first of the first pass, ascending: a random sample of them.
+
+        Args:
+            among: `(len(images),)` bool, which rows to choose from.
+        """
+        rows = self.first_pass[: self.limit]
+        if among is not None:
+            rows = rows[among[rows]]
+        found, start = [], 0
+        while len(found) < count and start < len(rows):
+            part = rows[start : start + count - len(found)]
+            found += part[~self._are_copies(part, digest_images)].tolist()
+            start += len(part)
+        return sorted(found)
+
+    def counts(self) -> dict[str, int]:
+        """For `unlearning.json`: images to keep and duplicates removed, as far as is known, and images compared."""
+        removed = int(self.copies.sum())
+        return {
+            "keep": min(self.limit, len(self.candidates) - removed),
+            "duplicates_removed": removed,
+            "checked": int(self.checked.sum()),
+        }
+
+    def _are_copies(self, rows: np.ndarray, digest: Callable) -> np.ndarray:
+        new = rows[~self.checked[rows]]
+        for row, found in zip(new, digest(self.images, new), strict=True):
+            self.digests[row] = np.frombuffer(found, dtype=np.uint8)
+            self.copies[row] = found in self.forgotten
+            self.checked[row] = True
+        return self.copies[rows]
 
 
 def forget_rows_of(
@@ -361,20 +459,7 @@ def forget_rows_of(
         UsageError: for a file or column that is not there, or a column that needs a value.
     """
     if forget_files:
-        paths = [Path(cell["path"]) for cell in rows[image_column]]
-        by_name: dict[str, list[int]] = {}
-        for index, path in enumerate(paths):
-            by_name.setdefault(path.name, []).append(index)
-            if path.is_relative_to(Path(train_data_dir).resolve()):
-                by_name.setdefault(path.relative_to(Path(train_data_dir).resolve()).as_posix(), []).append(index)
-        found = []
-        for name in forget_files:
-            matches = sorted(set(by_name.get(Path(name).as_posix(), [])))
-            if len(matches) != 1:
-                problem = "is not in" if not matches else f"names {len(matches)} files of"
-                raise UsageError(f"--forget_files: {name} {problem} --train_data_dir; give its path relative to it")
-            found += matches
-        return sorted(set(found))
+        return named_rows(rows.data.column(image_column), forget_files, Path(train_data_dir).resolve())
 
     if forget_column is None:
         feature = rows.features.get("forget")
@@ -383,25 +468,86 @@ def forget_rows_of(
         forget_column = "forget"
     if forget_column not in rows.features:
         raise UsageError(f"--forget_column: no column {forget_column!r}; the data has {', '.join(rows.features)}")
-    feature, values = rows.features[forget_column], list(rows[forget_column])
+    feature, column = rows.features[forget_column], rows.data.column(forget_column)
     if forget_value is None:
         if not (isinstance(feature, datasets.Value) and feature.dtype == "bool"):
             raise UsageError(f"--forget_value is needed, since the column {forget_column!r} is not boolean")
-        return [index for index, value in enumerate(values) if value]
-    names = [feature.int2str(value) for value in values] if isinstance(feature, datasets.ClassLabel) else values
-    return [index for index, (value, name) in enumerate(zip(values, names)) if forget_value in (str(value), str(name))]
+        return rows_where(column, lambda values: pc.fill_null(values, False)).tolist()
+    if pa.types.is_nested(column.type):
+        raise UsageError(f"--forget_column: {forget_column!r} holds lists; name a column of single values")
+    int2str = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
+
+    def has_value(values: pa.Array) -> pa.Array:
+        if pa.types.is_string(values.type):
+            return pc.fill_null(pc.equal(values, forget_value), False)
+        distinct = values.unique()
+        matches = [
+            value is not None and forget_value in (str(value), str(int2str(value))) for value in distinct.to_pylist()
+        ]
+        return pc.is_in(values, distinct.filter(pa.array(matches, pa.bool_())))
+
+    return rows_where(column, has_value).tolist()
+
+
+def rows_where(column: pa.ChunkedArray, condition: Callable[[pa.Array], pa.Array]) -> np.ndarray:
+    """Numbers of the rows for which `condition` holds, `(M,)` int64. A chunk at a time: what it makes of a column of a
+    million rows never lies in memory at once."""
+    found, first = [np.empty(0, dtype=np.int64)], 0
+    for values in column.chunks:
+        found.append(np.flatnonzero(condition(values).to_numpy(zero_copy_only=False)) + first)
+        first += len(values)
+    return np.concatenate(found)
+
+
+def named_rows(cells: pa.ChunkedArray, names: Sequence[str], root: Path) -> list[int]:
+    """The rows of the image files of these names, or of these paths below `root`.
+
+    Raises:
+        UsageError: for a name of no file, or of several.
+    """
+    wanted = {Path(name).as_posix() for name in names}
+    whole = pa.array([str(root / name) for name in wanted], pa.string())
+    last_parts = pa.array([name for name in wanted if "/" not in name], pa.string())
+    paths = pc.struct_field(cells, "path")
+
+    def is_named(values: pa.Array) -> pa.Array:
+        last = pc.replace_substring_regex(values, rf"(?s)^.*{re.escape(os.sep)}", "")
+        return pc.or_(pc.is_in(values, whole), pc.is_in(last, last_parts))
+
+    rows = rows_where(paths, is_named)
+    by_name: dict[str, list[int]] = {}
+    for index, path in zip(rows.tolist(), map(Path, paths.take(pa.array(rows)).to_pylist())):
+        below = {path.relative_to(root).as_posix()} if path.is_relative_to(root) else set()
+        for name in {path.name, *below} & wanted:
+            by_name.setdefault(name, []).append(index)
+    found = []
+    for name in names:
+        matches = by_name.get(Path(name).as_posix(), [])
+        if len(matches) != 1:
+            problem = "is not in" if not matches else f"names {len(matches)} files of"
+            raise UsageError(f"--forget_files: {name} {problem} --train_data_dir; give its path relative to it")
+        found += matches
+    return sorted(set(found))
 
 
 def split_data(
-    args: argparse.Namespace, transform: ImageTransform, accelerator: Accelerator
-) -> tuple[Images, Images, dict[str, list[bytes]], dict[str, int]]:
+    args: argparse.Namespace,
+    transform: ImageTransform,
+    accelerator: Accelerator,
+    num_positions: int | None = None,
+    max_keep: int | None = None,
+) -> tuple[Images, Images, KeepOrder, list[bytes]]:
     """What to keep and what to forget, by the flags of `add_unlearning_arguments`.
 
+    Args:
+        num_positions: how far the order of the images to keep is checked; None: every image.
+        max_keep: use only so many images of the keep set.
+
     Returns:
-        `keep` and `forget` (`Images`), the digests of both under these names, and counts for `unlearning.json`.
+        The training set, the forget set, the order of what to keep of the former, and the digests of the latter.
 
     Raises:
-        UsageError: for a set that is empty, or an image that cannot be used.
+        UsageError: for a set that is empty, or an image that is needed and cannot be used.
     """
     train_flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
     with accelerator.main_process_first():
@@ -411,9 +557,9 @@ def split_data(
             forget_rows = load_image_rows(args, "--forget_data_dir", args.forget_data_dir)
     train = Images(rows, args.image_column, transform, train_flag)
 
+    candidates = np.arange(len(train))
     if forget_rows is not None:
         forget = Images(forget_rows, "image", transform, "--forget_data_dir")
-        forget_indices = []
     else:
         forget_indices = forget_rows_of(
             rows, args.image_column, args.forget_files, args.forget_column, args.forget_value, args.train_data_dir
@@ -424,36 +570,31 @@ def split_data(
                 " boolean column `forget`"
             )
         forget = train.select(forget_indices)
+        candidates = np.delete(candidates, forget_indices)
     if len(forget) == 0:
         raise UsageError("the forget set is empty; check --forget_data_dir, --forget_column and --forget_value")
 
-    gather = gather_object if accelerator.num_processes > 1 else list
     digest = partial(
         digest_images,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
-        gather=gather,
+        gather=gather_object if accelerator.num_processes > 1 else list,
     )
-    train_digests = digest(train)
-    forget_digests = digest(forget) if forget_rows is not None else [train_digests[index] for index in forget_indices]
-    forgotten = set(forget_digests)
-    keep_indices = [index for index, digest in enumerate(train_digests) if digest not in forgotten]
-    if not keep_indices:
+    forget_digests = digest(train, forget_indices) if forget_rows is None else digest(forget, range(len(forget)))
+    order = KeepOrder(train, candidates, set(forget_digests), args.seed, max_keep)
+    order.walk(len(train) if num_positions is None else num_positions, digest)
+    if len(order.drawn) == 0:
         raise UsageError(
             "nothing to keep: every image of the training set is in the forget set; widen --train_data_dir"
         )
-    counts = {
-        "train": len(train),
-        "forget": len(forget),
-        "keep": len(keep_indices),
-        "duplicates_removed": len(train) - len(keep_indices) - len(forget_indices),
-    }
-    digests = {"keep": [train_digests[index] for index in keep_indices], "forget": forget_digests}
-    return train.select(keep_indices), forget, digests, counts
+    return train, forget, order, forget_digests
 
 
-def load_captions(images: Images, column: str) -> list[str]:
-    """The prompt of every image; of several, the first.
+def load_captions(images: Images, column: str, rows: np.ndarray | None = None) -> pa.ChunkedArray:
+    """The prompt of every image, as strings of Arrow; of several, the first.
+
+    Args:
+        rows: which images must have one; default: all.
 
     Raises:
         UsageError: where the column or a prompt is missing.
@@ -463,14 +604,33 @@ def load_captions(images: Images, column: str) -> list[str]:
             f"{images.flag} has no captions: there is no column {column!r}, only {', '.join(images.rows.features)};"
             ' add lines {"file_name": ..., "text": ...} in a metadata.jsonl, or name the column by --caption_column'
         )
-    captions = [value[0] if isinstance(value, list) and value else value for value in images.column_values(column)]
-    missing = sum(not isinstance(caption, str) for caption in captions)
-    if missing:
+    captions = images.rows.with_format("arrow")[column][:]
+    if pa.types.is_nested(captions.type):
+        not_empty = pc.greater(pc.list_value_length(captions), 0)
+        captions = pc.list_element(pc.if_else(not_empty, captions, pa.scalar(None, captions.type)), 0)
+    if not (pa.types.is_string(captions.type) or pa.types.is_large_string(captions.type)):
+        captions = pa.chunked_array([pa.nulls(len(captions), pa.string())])
+    missing = pc.is_null(captions).to_numpy()
+    missing = missing if rows is None else missing[rows]
+    if missing.any():
         raise UsageError(
-            f"{images.flag}: {missing} of {len(captions)} images have no caption in --caption_column {column!r}; add"
-            ' them ("" is a caption)'
+            f"{images.flag}: {missing.sum()} of {len(missing)} images have no caption in --caption_column {column!r};"
+            ' add them ("" is a caption)'
         )
     return captions
+
+
+def same_captions(captions: pa.ChunkedArray, wanted: Iterable[str]) -> np.ndarray:
+    """Which captions are one of `wanted` but for case and white space, which the tokenizer of Stable Diffusion does not
+    see either: `(len(captions),)` bool."""
+
+    def normalised(texts: pa.Array) -> pa.Array:
+        return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"\s+", " "))
+
+    known = normalised(pa.array(set(wanted), captions.type))
+    found = np.zeros(len(captions), dtype=bool)
+    found[rows_where(captions, lambda texts: pc.is_in(normalised(texts), known))] = True
+    return found
 
 
 class LoadsImages(Protocol):
@@ -481,30 +641,13 @@ class LoadsImages(Protocol):
     def load(self, index: int, generator: np.random.Generator | None = None) -> Tensor: ...
 
 
-def neighbor_candidates(
-    num_keep: int,
-    seed: int,
-    keep_conditions: list[int] | None = None,
-    forget_conditions: list[int] | None = None,
-) -> list[int]:
-    """Keep images among which ReTrack searches: those with a condition of a forget image, at most 10,000 of them."""
-    candidates = range(num_keep)
-    if keep_conditions is not None:
-        wanted = set(forget_conditions)
-        candidates = [index for index in candidates if keep_conditions[index] in wanted]
-    if len(candidates) > MAX_NEIGHBOR_CANDIDATES:
-        chosen = keyed_generator(seed, NEIGHBORS).choice(len(candidates), MAX_NEIGHBOR_CANDIDATES, replace=False)
-        candidates = [candidates[index] for index in sorted(chosen)]
-    return list(candidates)
-
-
 def nearest_neighbors(
     keep: LoadsImages,
     forget: LoadsImages,
     num_neighbors: int,
     candidates: Sequence[int],
-    keep_conditions: list[int] | None = None,
-    forget_conditions: list[int] | None = None,
+    keep_conditions: Mapping[int, int] | None = None,
+    forget_conditions: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """For each forget image the `num_neighbors` candidates of its condition that are nearest in L2.
 
@@ -575,28 +718,31 @@ class PairDataset(Dataset):
 
     Args:
         keep, forget: what to keep and what to forget.
+        keep_order: which of `keep` is at each position.
         method: decides what else a query needs.
         num_pairs: pairs in the window of one optimizer step, over all processes and micro-batches.
         timestep_range: `(lo, hi)`; timesteps are uniform in lo <= t < hi.
         seed: of every draw.
         neighbors: from `nearest_neighbors`, for a method with `num_neighbors`.
-        keep_conditions, forget_conditions: the condition of each image, where there are conditions.
+        keep_conditions, forget_conditions: the condition of each image that is drawn, where there are conditions.
     """
 
     def __init__(
         self,
         keep: LoadsImages,
         forget: LoadsImages,
+        keep_order: KeepOrder,
         method: Method,
         num_pairs: int,
         timestep_range: tuple[int, int],
         seed: int,
         neighbors: list[list[int]] | None = None,
-        keep_conditions: list[int] | None = None,
-        forget_conditions: list[int] | None = None,
+        keep_conditions: Mapping[int, int] | None = None,
+        forget_conditions: Sequence[int] | None = None,
     ) -> None:
         self.keep = keep
         self.forget = forget
+        self.keep_order = keep_order
         self.method = method
         self.num_pairs = num_pairs
         self.timestep_range = timestep_range
@@ -608,7 +754,7 @@ class PairDataset(Dataset):
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         window, pair = divmod(position, self.num_pairs)
         generator = keyed_generator(self.seed, PAIR, window, pair)
-        keep_index = shuffled_index(self.seed, 0, position, len(self.keep))
+        keep_index = self.keep_order[position]
         forget_index = shuffled_index(self.seed, 1, position, len(self.forget))
         components = mixture_components(self.seed, window, self.num_pairs, getattr(self.method, "lam", 0.0))
 
@@ -658,10 +804,10 @@ class WindowSampler:
                 yield list(range(start, start + self.batch_size))
 
 
-def planned_rows(sampler: WindowSampler, num_windows: int, seed: int, which: int, size: int) -> set[int]:
-    """Which of `size` images (`which` 0: keep, 1: forget) this process draws in the first `num_windows` windows."""
+def first_positions(sampler: WindowSampler, num_windows: int) -> list[int]:
+    """What this process draws in the first `num_windows` windows."""
     batches = islice(replace(sampler, first_window=0), num_windows * sampler.accumulation_steps)
-    return {shuffled_index(seed, which, position, size) for batch in batches for position in batch}
+    return [position for batch in batches for position in batch]
 
 
 def window_loader(pairs: PairDataset, sampler: WindowSampler, num_workers: int = 0) -> DataLoader:

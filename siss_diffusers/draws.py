@@ -10,7 +10,7 @@ import numpy as np
 
 
 # The key of a pair is (seed, PAIR, window, index of the pair in the window); likewise the others.
-PAIR, COMPONENT, ORDER, CALIBRATION, NEIGHBORS, MODEL, ADAPTER, SUBSET = range(8)
+PAIR, COMPONENT, ORDER, CALIBRATION, _, MODEL, ADAPTER = range(7)
 
 
 def keyed_generator(seed: int, purpose: int, *key: int) -> np.random.Generator:
@@ -31,7 +31,8 @@ def mixture_components(seed: int, window: int, num_pairs: int, lam: float) -> np
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(seed: int, which: int, epoch: int, size: int) -> np.ndarray:
+def epoch_order(seed: int, which: int, epoch: int, size: int) -> np.ndarray:
+    """A permutation of `size` elements: one pass of `shuffled_index`. Cached: not to be written to."""
     return keyed_generator(seed, ORDER, which, epoch).permutation(size)
 
 
@@ -41,7 +42,7 @@ def shuffled_index(seed: int, which: int, position: int, size: int) -> int:
     `which` tells apart sequences of the same seed (0: keep, 1: forget).
     """
     epoch, index = divmod(position, size)
-    return int(_epoch_order(seed, which, epoch, size)[index])
+    return int(epoch_order(seed, which, epoch, size)[index])
 
 
 def torch_seed(seed: int, purpose: int, *key: int) -> int:

@@ -479,8 +479,8 @@ class StableDiffusion(Model):
     """`StableDiffusionPipeline`s, and adapters for the base."""
 
     def __init__(self, args: argparse.Namespace, keep: Images, forget: Images) -> None:
-        forget_captions = load_captions(forget, args.caption_column)
-        captions = load_captions(keep, args.caption_column)
+        forget_captions = load_captions(forget, args.caption_column).to_pylist()
+        captions = load_captions(keep, args.caption_column).to_pylist()
         self.prompts = sorted(set(forget_captions))
         if args.num_samples < len(self.prompts):
             raise UsageError(f"--num_samples must be at least {len(self.prompts)}, the prompts of the forget images")
@@ -735,7 +735,8 @@ def main(args: argparse.Namespace) -> None:
     channels, size = choose_size(args, stable_diffusion)
     transform = ImageTransform(channels=channels, resolution=size, center_crop=True, random_flip=False)
     state = PartialState()
-    keep, forget, _, counts = split_data(args, transform, state)
+    train, forget, order, _ = split_data(args, transform, state)
+    keep, counts = train.select(np.sort(order.drawn)), {"train": len(train), "forget": len(forget), **order.counts()}
     evaluation = (StableDiffusion if stable_diffusion else Unconditional)(args, keep, forget)
     results, samples = {}, {}
     for name, where in models.items():

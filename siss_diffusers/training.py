@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 import datasets
 import diffusers
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -284,28 +286,67 @@ class StopSignal:
         raise Interrupted(self.received or signal.SIGTERM)
 
 
+@dataclass(frozen=True)
+class DataPart:
+    """What identifies a part of the data in checkpoints.
+
+    Args:
+        size: items of it, used or not.
+        used: `bytes` or uint8 rows of those that the run may draw, in order; another --max_train_steps gives more or
+            fewer of the same.
+    """
+
+    size: int
+    used: Sequence[bytes] | np.ndarray
+
+
+def planned_positions(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None) -> int | None:
+    """How many of the images to keep, in the order in which they are drawn, this run may draw, or did the one that made
+    the checkpoint; None: passes over all of them."""
+    if args.max_train_steps is None:
+        return None
+    steps = args.max_train_steps + args.max_skipped_steps
+    planned = steps * args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    if checkpoint is not None:
+        planned = max(planned, read_json(checkpoint / "state.json")["run"]["data"]["images to keep"]["hashed"])
+    return planned
+
+
+def salted(salt: str, parts: Iterable[bytes | np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16, key=bytes.fromhex(salt))
+    for part in parts:
+        digest.update(len(part).to_bytes(8) + bytes(part))
+    return digest.hexdigest()
+
+
+def describe_data(data: dict[str, DataPart], salt: str, lengths: dict[str, int]) -> dict[str, dict]:
+    """The data of `describe_run`.
+
+    Args:
+        lengths: how many items of a part to hash; default: all that are used.
+    """
+    described = {}
+    for name, part in data.items():
+        used = part.used[: lengths.get(name)]
+        described[name] = {"items": part.size, "hashed": len(used), "hash": salted(salt, used)}
+    return described
+
+
 def describe_run(
     args: argparse.Namespace,
     method: Method,
     accelerator: Accelerator,
     checkpoint: Path | None,
-    data: dict[str, Sequence[bytes]],
+    data: dict[str, DataPart],
 ) -> dict:
     """What decides the steps of a run, for its checkpoints: numbers and names of ours as they are, everything else by a
     salted hash, so that a checkpoint tells neither files nor prompts.
 
     Args:
         checkpoint: whose salt to use, for comparison; None for a new one.
-        data: for each part of the data what identifies its items, in order.
+        data: the parts of the data by their names, "images to keep" among them.
     """
     salt = secrets.token_hex(16) if checkpoint is None else read_json(checkpoint / "state.json")["run"]["salt"]
-
-    def salted(parts: Iterable[bytes]) -> str:
-        digest = hashlib.blake2b(digest_size=16, key=bytes.fromhex(salt))
-        for part in parts:
-            digest.update(len(part).to_bytes(8) + part)
-        return digest.hexdigest()
-
     free = FREE_ARGUMENTS | (LENGTHS if args.lr_scheduler in ("constant", "constant_with_warmup") else set())
     shown, arguments = shared_settings(args), {}
     for name, value in vars(args).items():
@@ -314,13 +355,13 @@ def describe_run(
         if name == "pretrained_model_name_or_path" and os.path.isdir(value):
             value = str(Path(value).resolve())
         plain = value is None or name in shown
-        arguments[name] = value if plain else f"hash:{salted([json.dumps(value).encode()])}"
+        arguments[name] = value if plain else f"hash:{salted(salt, [json.dumps(value).encode()])}"
     return {
         "salt": salt,
         "arguments": arguments,
         "method_args": vars(method),
         "pairs_per_step": args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps,
-        "data": {name: {"items": len(items), "hash": salted(items)} for name, items in data.items()},
+        "data": describe_data(data, salt, lengths={}),
     }
 
 
@@ -344,8 +385,8 @@ def changes(saved: dict, current: dict) -> dict[str, str]:
             f"a step had {before} pairs and has {now} (processes x --train_batch_size x --gradient_accumulation_steps)"
         )
     for name, now in current["data"].items():
-        before = saved["data"].get(name, {"items": 0, "hash": None})
-        if before["hash"] != now["hash"]:
+        before = saved["data"].get(name, {"items": 0})
+        if before != now:
             found[name] = f"the {name} are others ({before['items']} then, {now['items']} now)"
     return found
 
@@ -414,12 +455,20 @@ def find_resumed(args: argparse.Namespace, accelerator: Accelerator) -> Path | N
     return checkpoint
 
 
-def check_resumed(args: argparse.Namespace, checkpoint: Path, run: dict) -> None:
+def check_resumed(args: argparse.Namespace, checkpoint: Path, run: dict, data: dict[str, DataPart]) -> None:
     """
+    Args:
+        run: from `describe_run`, of the same data.
+
     Raises:
         UsageError: where the run differs from the one that made the checkpoint, without --allow_changes.
     """
-    found = changes(read_json(checkpoint / "state.json")["run"], run)
+    saved = read_json(checkpoint / "state.json")["run"]
+    # The data as far as the checkpoint knows them: this run may be longer or shorter.
+    lengths = {name: part["hashed"] for name, part in saved["data"].items()}
+    found = changes(saved, run | {"data": describe_data(data, saved["salt"], lengths)})
+    if "seed" in found:  # then their order is another, and that is all that can be said of them
+        found = {name: phrase for name, phrase in found.items() if name not in ("images to keep", "prompts")}
     fixed = [phrase for name, phrase in found.items() if name in FIXED_ARGUMENTS]
     if fixed:
         raise UsageError(

@@ -36,15 +36,15 @@ def test_every_element_once_in_each_pass_in_an_order_of_its_own():
 def test_positions_may_be_asked_for_in_any_order():
     """A resumed run starts in the middle; ranks and workers ask for scattered positions."""
     forward = [shuffled_index(0, 1, i, 5) for i in range(40)]
-    draws._epoch_order.cache_clear()
+    draws.epoch_order.cache_clear()
     assert [shuffled_index(0, 1, i, 5) for i in reversed(range(40))] == forward[::-1]
 
 
 def test_draws_of_different_purposes_and_keys_do_not_collide():
-    purposes = (draws.PAIR, draws.COMPONENT, draws.ORDER, draws.CALIBRATION, draws.NEIGHBORS, draws.MODEL)
+    purposes = (draws.PAIR, draws.COMPONENT, draws.ORDER, draws.CALIBRATION, draws.MODEL, draws.ADAPTER)
     assert len(set(purposes)) == 6
     # Keys of the lengths that are used: numpy pads short ones with zeros, so lengths must not be mixed in one purpose.
-    lengths = dict(zip(purposes, (2, 1, 2, 1, 0, 2), strict=True))
+    lengths = dict(zip(purposes, (2, 1, 2, 1, 2, 0), strict=True))
     first = [
         keyed_generator(seed, purpose, *key).integers(2**63)
         for seed in (0, 1, 2**31)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import assert_refused, to_argv, write_images
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
@@ -19,7 +20,8 @@ from siss_diffusers import METHODS
 from siss_diffusers.arguments import check_unlearning_arguments
 from siss_diffusers.assets.captioned import captioned_images
 from siss_diffusers.checkpoints import write_json
-from train_siss_sd import main, parse_args
+from siss_diffusers.data import Images
+from train_siss_sd import Prompts, main, parse_args
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -105,6 +107,7 @@ def test_every_method_runs_and_changes_only_the_unet(kind, method, full_args, mo
         "forget": NUM_FORGET,
         "keep": NUM_KEEP,
         "duplicates_removed": 0,
+        "checked": NUM_KEEP,
     }
     if kind == "lora":
         assert sorted(path.name for path in out.iterdir()) == [
@@ -280,6 +283,68 @@ class TestForgetSets:
         write_metadata(folder, lines)
         main(to_argv(lora_args | {"--train_data_dir": str(folder)}))
         assert "1 prompts are longer than the 24 tokens" in caplog.text
+
+
+class TestFewOfManyImages:
+    """A run of one step of one pair, or two where one is skipped, of 20 images to keep."""
+
+    @pytest.fixture
+    def few(self, lora_args, captioned_folder, tmp_path) -> dict[str, str | None]:
+        folder = shutil.copytree(captioned_folder, tmp_path / "data")
+        return lora_args | {
+            "--train_data_dir": str(folder),
+            "--max_train_steps": "1",
+            "--max_skipped_steps": "1",
+            "--train_batch_size": "1",
+        }
+
+    @pytest.fixture
+    def opened(self, monkeypatch) -> set[str]:
+        """Names of the pictures that were decoded."""
+        names, open_whole = set(), Images.open
+
+        def counted(images: Images, index: int) -> Image.Image:
+            names.add(Path(images.rows[index]["image"]["path"]).name)
+            return open_whole(images, index)
+
+        monkeypatch.setattr(Images, "open", counted)
+        return names
+
+    def test_only_what_is_drawn_must_be_square(self, few, opened, tmp_path, capfd):
+        main(to_argv(few))
+        kept = {f"{number:02d}.png" for number in range(NUM_KEEP)}
+        drawn, unused = sorted(opened & kept), sorted(kept - opened)
+        assert len(drawn) == 2
+        for name in unused:
+            Image.open(tmp_path / "data" / name).resize((32, 20)).save(tmp_path / "data" / name)
+        cached = few | {"--cache_latents": None, "--overwrite_output_dir": None}
+        main(to_argv(cached))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        Image.open(tmp_path / "data" / drawn[0]).resize((32, 20)).save(tmp_path / "data" / drawn[0])
+        assert_refused(main, cached, "--center_crop", tmp_path, capfd)
+
+    def test_only_prompts_of_what_is_drawn_are_tokenized(self, few, opened, tmp_path, monkeypatch):
+        lines = read_metadata(tmp_path / "data")
+        for number, line in enumerate(lines):
+            line["text"] = f"prompt {number}"
+        write_metadata(tmp_path / "data", lines)
+        tokenized, number = [], Prompts.number
+        monkeypatch.setattr(
+            Prompts, "number", lambda self, captions: tokenized.extend(captions) or number(self, captions)
+        )
+        main(to_argv(few))
+        assert (
+            set(tokenized) == {"", *(f"prompt {int(name[:2])}" for name in opened)} and len(opened) == 2 + NUM_FORGET
+        )
+
+    def test_calibration_takes_the_same_prompt_in_any_spelling(self, few, opened, tmp_path):
+        lines = read_metadata(tmp_path / "data")
+        alike = {line["file_name"] for line in lines if line["text"] == SECRET}
+        for line in lines[:NUM_KEEP]:
+            line["text"] = f" {line['text'].upper()} "
+        write_metadata(tmp_path / "data", lines)
+        main(to_argv(few | {"--calibrate_forgetting": None}))
+        assert alike <= opened and len(opened - alike) <= 2
 
 
 def test_two_processes_equal_one(lora_args, tmp_path):
