@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -45,8 +46,13 @@ def load_into(target: Tensor, saved: SavedTensor | Tensor) -> None:
             target.copy_(saved[...])
 
 
-def like(parameter: nn.Parameter, saved: SavedTensor | Tensor) -> Tensor:
-    """What was saved for a parameter, such as a moment of its gradients, laid out as the parameter is."""
+def like(parameter: nn.Parameter, saved: Any) -> Any:
+    """What was saved for a parameter, with every tensor of its shape, such as a moment of its gradients, laid out as the
+    parameter is. Optimizers keep numbers and dictionaries, too."""
+    if isinstance(saved, dict):
+        return {name: like(parameter, value) for name, value in saved.items()}
+    if not isinstance(saved, SavedTensor):
+        return saved
     if isinstance(parameter, DTensor) and tuple(saved.shape) == tuple(parameter.shape):
         found = torch.empty_like(parameter, requires_grad=False)
         load_into(found, saved)

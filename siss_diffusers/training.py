@@ -585,10 +585,7 @@ def restore_training_state(
     changed on purpose.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {
-        index: {name: like(parameters[index], value) for name, value in moments.items()}
-        for index, moments in saved["optimizer"]["state"].items()
-    }
+    state = {index: like(parameters[index], moments) for index, moments in saved["optimizer"]["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     lr_scheduler.load_state_dict(saved["lr_scheduler"] | {"base_lrs": lr_scheduler.base_lrs})
     factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
