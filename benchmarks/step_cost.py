@@ -1,7 +1,7 @@
 """Seconds and peak memory of one optimizer step, side by side: `python benchmarks/step_cost.py [--json]`.
 
-plain: ordinary diffusers fine-tuning of the same batch. siss, siss_no_is: ours. two_backward: the published SISS step,
-written from its equations. What is timed, and how, is in benchmarks/README.md.
+plain: ordinary diffusers fine-tuning of the same batch. siss, siss_no_is: ours. siss_lagged: ours in between the steps of
+--forget_scale_every that find a scale. two_backward: the published SISS step, written from its equations. What is timed, and how, is in benchmarks/README.md.
 """
 
 import argparse
@@ -29,8 +29,9 @@ from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.gradients import split_by_side
 
 
-VARIANTS = ("plain", "siss", "siss_no_is", "two_backward")
+VARIANTS = ("plain", "siss", "siss_lagged", "siss_no_is", "two_backward")
 LAM = 0.5
+LAGGED_SCALE = 0.1
 SCALING_NORM = 5.0  # of the published digits experiment; its value does not change the cost
 MAX_GRAD_NORM = 1.0
 WARMUP = 2
@@ -84,14 +85,17 @@ def digit_pairs(file: str | None) -> Images:
     return draw
 
 
-def latent_pairs(batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(batch, 4, 32, 32, generator=generator), torch.randn(batch, 4, 32, 32, generator=generator)
+def latent_pairs(size: int, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of pictures of 8 times that size, as far apart as random ones are."""
+    keep, forget = torch.randn(2, batch, 4, size, size, generator=generator)
+    return keep, forget
 
 
 def make_models(digits_file: str | None) -> dict[str, Model]:
     return {
         "unet2d_28x28": Model(lambda: make_unet(1, 28, (64, 128, 256)), digit_pairs(digits_file), (8,)),
-        "unet2d_sd_latents": Model(lambda: make_unet(4, 32, (64, 128, 128)), latent_pairs, (4, 8, 16)),
+        "unet2d_sd_latents": Model(lambda: make_unet(4, 32, (64, 128, 128)), partial(latent_pairs, 32), (4, 8, 16)),
+        "unet2d_sd_latents_64": Model(lambda: make_unet(4, 64, (64, 128, 128)), partial(latent_pairs, 64), (8,)),
     }
 
 
@@ -123,10 +127,11 @@ class Step:
         self.network = model.build().to(device)
         self.device = device
         self.scheduler = DDPMScheduler()
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-6)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-6, fused=True)
         self.compute_gradients = getattr(self, variant, self.ours)
-        if variant in METHODS:
-            self.method = METHODS[variant]()
+        self.forget_scale = LAGGED_SCALE if variant == "siss_lagged" else None
+        if self.compute_gradients == self.ours:
+            self.method = METHODS[variant.removesuffix("_lagged")]()
             rule = self.method.rule(scaling_rule("relative", 0.1))
             self.gradients = PairedGradients(self.network.parameters(), rule)
 
@@ -141,6 +146,7 @@ class Step:
             [self.method.rows(query)],
             lambda rows: self.network(rows.noisy, rows.timesteps).sample,
             MAX_GRAD_NORM,
+            forget_scale=self.forget_scale,
         )
 
     def plain(self, query: Query) -> None:
@@ -185,7 +191,7 @@ def count_rows(variant: str, queries: list[Query]) -> tuple[float, float]:
     """Rows that run forward and rows that run backward, each time they do: means over the steps."""
     batch = len(queries[0].keep)
     if variant not in METHODS:
-        return batch, 2 * batch if variant == "two_backward" else batch
+        return batch, 2 * batch if variant == "two_backward" else batch  # siss_lagged: as plain
     rows = [METHODS[variant]().rows(query) for query in queries]
     forward, backward = [], []
     for row in rows:

@@ -90,7 +90,7 @@ class Step:
             add_lora(self.unet, 4, 4, 0.0, ATTENTION_PROJECTIONS, self.dtype)
         self.unet.to(device)
         self.parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)
         self.scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
         self.path = GaussianPath.from_scheduler(self.scheduler)
         self.hidden_states = torch.randn(

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +54,7 @@ def test_two_backward_computes_the_gradient_of_the_engine(step_cost):
 
 
 def test_half_of_the_pairs_take_the_forget_component(step_cost):
-    queries = step_cost.draw_queries(step_cost.latent_pairs, 6, 4)
+    queries = step_cost.draw_queries(partial(step_cost.latent_pairs, 32), 6, 4)
     assert [int(query.from_forget.sum()) for query in queries] == [3, 3, 3, 3]
     assert len({tuple(query.from_forget.tolist()) for query in queries}) > 1
 
@@ -64,6 +66,7 @@ def test_rows_are_counted(step_cost):
     assert counts["plain"] == (8, 8) and counts["siss_no_is"] == (16, 16) and counts["two_backward"] == (8, 16)
     forward, backward = counts["siss"]
     assert forward == 8 and 8 < backward < 16
+    assert counts["siss_lagged"] == (8, 8)
 
 
 def test_digits_from_a_file(step_cost, tmp_path):
@@ -79,7 +82,7 @@ def test_json(step_cost, capsys):
     step_cost.main("--models unet2d_sd_latents --batches 2 --quick --json".split())
     report = json.loads(capsys.readouterr().out)  # exactly one object, so all else went to stderr
     assert {"device", "processor", "cores", "threads", "torch", "dtype"} <= report["machine"].keys()
-    assert [row["variant"] for row in report["results"]] == ["plain", "siss", "siss_no_is", "two_backward"]
+    assert [row["variant"] for row in report["results"]] == list(step_cost.VARIANTS)
     for row in report["results"]:
         assert row["model"] == "unet2d_sd_latents" and row["batch"] == 2
         assert row["seconds_median"] > 0 and row["ratio_to_plain"] > 0
@@ -94,6 +97,15 @@ def test_bad_usage(step_cost, flags, capsys):
     with pytest.raises(SystemExit) as exit_info:
         step_cost.main(flags.split())
     assert exit_info.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_table_of_options(step_cost, tmp_path):
+    command = [sys.executable, str(SCRIPT.with_name("options.py")), "--models", "unet2d_28x28", "--batch", "2"]
+    subprocess.run([*command, "--repeats", "1", "--json", str(tmp_path / "options.json")], check=True)
+    report = json.loads((tmp_path / "options.json").read_text())
+    ratios = {row["variant"]: row["ratio_to_as_is"] for row in report["results"]}
+    assert len(ratios) == 6 and ratios["as is"] == 1 and all(ratio > 0 for ratio in ratios.values())
 
 
 @pytest.mark.slow
