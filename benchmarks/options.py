@@ -109,7 +109,7 @@ def main() -> None:
         model = make_models(None)[name]
         variants = (*VARIANTS, "compiled") if args.compile else VARIANTS
         steps = {variant: Step(variant, model, device) for variant in variants}
-        seconds = measure_seconds(steps, draw_queries(model.images, args.batch, WARMUP + args.repeats), device)
+        seconds = measure_seconds(steps, draw_queries(model, args.batch, WARMUP + args.repeats), device)
         as_is = statistics.median(seconds["as is"])
         for variant, values in seconds.items():
             median, quartiles = statistics.median(values), np.quantile(values, [0.25, 0.75]).tolist()

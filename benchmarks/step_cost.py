@@ -48,11 +48,13 @@ class Model:
         build: the network, `network(noisy, timesteps).sample`.
         images: from a number of pairs and a generator to keep and forget images, `(B, C, H, W)`.
         batches: pairs per step.
+        make_scheduler: the noise levels, which decide how many rows serve both sides.
     """
 
     build: Callable[[], torch.nn.Module]
     images: Images
     batches: tuple[int, ...]
+    make_scheduler: Callable[[], DDPMScheduler] = DDPMScheduler
 
 
 def make_unet(channels: int, size: int, widths: tuple[int, ...]) -> UNet2DModel:
@@ -91,21 +93,29 @@ def latent_pairs(size: int, batch: int, generator: torch.Generator) -> tuple[tor
     return keep, forget
 
 
+# Of Stable Diffusion, which never reaches pure noise, so that hardly a row of random latents serves both sides.
+SD_SCHEDULER = partial(DDPMScheduler, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
 def make_models(digits_file: str | None) -> dict[str, Model]:
     return {
         "unet2d_28x28": Model(lambda: make_unet(1, 28, (64, 128, 256)), digit_pairs(digits_file), (8,)),
-        "unet2d_sd_latents": Model(lambda: make_unet(4, 32, (64, 128, 128)), partial(latent_pairs, 32), (4, 8, 16)),
-        "unet2d_sd_latents_64": Model(lambda: make_unet(4, 64, (64, 128, 128)), partial(latent_pairs, 64), (8,)),
+        "unet2d_sd_latents": Model(
+            lambda: make_unet(4, 32, (64, 128, 128)), partial(latent_pairs, 32), (4, 8, 16), SD_SCHEDULER
+        ),
+        "unet2d_sd_latents_64": Model(
+            lambda: make_unet(4, 64, (64, 128, 128)), partial(latent_pairs, 64), (8,), SD_SCHEDULER
+        ),
     }
 
 
-def draw_queries(images: Images, batch: int, count: int) -> list[Query]:
+def draw_queries(model: Model, batch: int, count: int) -> list[Query]:
     """The same for every variant; exactly half of the pairs take the forget component."""
     generator = torch.Generator().manual_seed(0)
-    path = GaussianPath.from_scheduler(DDPMScheduler())
+    path = GaussianPath.from_scheduler(model.make_scheduler())
     queries = []
     for _ in range(count):
-        keep, forget = images(batch, generator)
+        keep, forget = model.images(batch, generator)
         queries.append(
             Query(
                 keep=keep,
@@ -126,7 +136,7 @@ class Step:
         torch.manual_seed(0)
         self.network = model.build().to(device)
         self.device = device
-        self.scheduler = DDPMScheduler()
+        self.scheduler = model.make_scheduler()
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-6, fused=True)
         self.compute_gradients = getattr(self, variant, self.ours)
         self.forget_scale = LAGGED_SCALE if variant == "siss_lagged" else None
@@ -346,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
             inputs = step_cost_sd.draw_batches(args.resolution, int(batch), PEAK_STEPS)
             make_step = partial(step_cost_sd.Step, variant, args.full_size, device)
         else:
-            inputs = draw_queries(models[name].images, int(batch), PEAK_STEPS)
+            inputs = draw_queries(models[name], int(batch), PEAK_STEPS)
             make_step = partial(Step, variant, models[name], device)
         print(json.dumps(measure_peak(make_step, inputs, device)))
         return
@@ -369,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
         model = models[name]
         gradient_bytes = 4 * sum(parameter.numel() for parameter in model.build().parameters())
         for batch in args.batches or model.batches:
-            queries = draw_queries(model.images, batch, WARMUP + args.repeats)
+            queries = draw_queries(model, batch, WARMUP + args.repeats)
             # First, for a child should not have to share the machine with the models of the timing.
             peaks = {variant: peak_in_child(args, name, batch, variant) for variant in VARIANTS}
             steps = {variant: Step(variant, model, device) for variant in VARIANTS}

@@ -155,7 +155,7 @@ def check_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
         config = plugin.deepspeed_config
         offloads = (config["zero_optimization"].get(f"offload_{what}") or {} for what in ("optimizer", "param"))
         refused = {
-            f"ZeRO-{plugin.zero_stage}": plugin.zero_stage not in (0, 1, 2),
+            f"ZeRO-{plugin.zero_stage}": plugin.zero_stage not in (1, 2),
             "--mixed_precision fp16": args.mixed_precision == "fp16",
             "offloading": any(offload.get("device", "none") != "none" for offload in offloads),
             "`dynamo_config`": compiles,
@@ -179,6 +179,8 @@ def check_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
     for what, found in refused.items():
         if found:
             raise UsageError(f"{what} is not supported under {engine}; {instead}")
+    if not saves_checkpoints(accelerator) and accelerator.is_main_process:
+        logger.warning("DeepSpeed: no checkpoint will be written, and a run that is stopped saves nothing")
 
 
 def without_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager:

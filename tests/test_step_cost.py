@@ -4,7 +4,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ def gradient(step) -> torch.Tensor:
 
 def test_two_backward_computes_the_gradient_of_the_engine(step_cost):
     model, device = tiny_model(step_cost), torch.device("cpu")
-    for query in step_cost.draw_queries(model.images, 8, 3):
+    for query in step_cost.draw_queries(model, 8, 3):
         published, ours = (step_cost.Step(variant, model, device) for variant in ("two_backward", "siss"))
         ours.gradients = PairedGradients(ours.network.parameters(), scaling_rule("norm", step_cost.SCALING_NORM))
         for step in (published, ours):
@@ -54,14 +53,14 @@ def test_two_backward_computes_the_gradient_of_the_engine(step_cost):
 
 
 def test_half_of_the_pairs_take_the_forget_component(step_cost):
-    queries = step_cost.draw_queries(partial(step_cost.latent_pairs, 32), 6, 4)
+    queries = step_cost.draw_queries(tiny_model(step_cost), 6, 4)
     assert [int(query.from_forget.sum()) for query in queries] == [3, 3, 3, 3]
     assert len({tuple(query.from_forget.tolist()) for query in queries}) > 1
 
 
 def test_rows_are_counted(step_cost):
     model = tiny_model(step_cost)
-    queries = step_cost.draw_queries(model.images, 8, 4)
+    queries = step_cost.draw_queries(model, 8, 4)
     counts = {variant: step_cost.count_rows(variant, queries) for variant in step_cost.VARIANTS}
     assert counts["plain"] == (8, 8) and counts["siss_no_is"] == (16, 16) and counts["two_backward"] == (8, 16)
     forward, backward = counts["siss"]
