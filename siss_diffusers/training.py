@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -150,6 +150,9 @@ def check_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
             "`fsdp_offload_params`": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         }
         engine, instead = "FSDP 2", "drop it (for fp16: use bf16), or use DDP"
+        if plugin.mixed_precision_policy is not None:
+            # accelerate would sum gradients in bf16, of which one is to be subtracted from the other.
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         config = plugin.deepspeed_config

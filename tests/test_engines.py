@@ -69,14 +69,15 @@ def args_of(base_args, full_args):  # noqa: F811
     return {UNCONDITIONAL: base_args, SD: full_args}
 
 
-def run_case(forker, args_of, case, engine, num_processes, output_dir, **flags):
+def run_case(forker, args_of, case, engine, num_processes, output_dir, precision="no", **flags):
     """Run a case on an engine, its four micro-batches split over the processes."""
     script, more, pairs = CASES[case]
     split = {"--train_batch_size": str(pairs), "--gradient_accumulation_steps": str(4 // num_processes)}
     argv = to_argv(args_of[script] | SHOW_GRADIENTS | split | {"--output_dir": str(output_dir)} | more | flags)
+    environment = {"ACCELERATE_MIXED_PRECISION": precision}
     if engine == "ddp":
-        return run_group(forker, num_processes, script, argv)
-    return run_group(forker, num_processes, "python", [ON_CPU, "fsdp2", script, *argv], **FSDP2)
+        return run_group(forker, num_processes, script, argv, **environment)
+    return run_group(forker, num_processes, "python", [ON_CPU, "fsdp2", script, *argv], **FSDP2, **environment)
 
 
 def gradients_of(output_dir: Path) -> list[torch.Tensor]:
@@ -137,6 +138,16 @@ SHARDED_RUNS = {
 }
 RESULTS = {"unconditional": "unet/diffusion_pytorch_model.safetensors", "LoRA": "pytorch_lora_weights.safetensors"}
 RESULTS["full"] = RESULTS["unconditional"]
+
+
+@pytest.mark.slow
+def test_fsdp2_sums_gradients_of_bf16_in_float32(forker, args_of, tmp_path):
+    """Each process's gradient is of bf16 numbers; their sum is not, unless it was rounded. Everything that it is multiplied
+    by is a power of two here: 4x8x8 pixels, 2 processes, 4 pairs, no clipping."""
+    flags = {"--train_batch_size": "2", "--gradient_accumulation_steps": "1", "--max_grad_norm": "1e9"}
+    run_case(forker, args_of, "full, fixed", "fsdp2", 2, tmp_path, precision="bf16", **flags)
+    gradient = gradients_of(tmp_path)[0]
+    assert (gradient != gradient.bfloat16().float()).float().mean() > 0.2
 
 
 @pytest.mark.parametrize(
