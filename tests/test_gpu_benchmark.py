@@ -27,6 +27,7 @@ def check_row(row: dict) -> None:
     assert row["reason"] is None
 
 
+@pytest.mark.slow
 def test_tiny(tmp_path):
     done = run_script("--tiny", "--repeats", "2", "--json", str(tmp_path / "report.json"))
     assert done.returncode == 0, done.stderr

@@ -43,6 +43,7 @@ def test_the_data_set_is_one_of_images(scaling, tmp_path, monkeypatch):
     assert rows[24]["image"].size == (8, 8)
 
 
+@pytest.mark.slow
 def test_one_axis(scaling, tmp_path, capsys):
     """A first run and a second, each a real process."""
     report, plot = tmp_path / "report.json", tmp_path / "plot.png"

@@ -122,7 +122,7 @@ def worker(rank, world_size, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), 4])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, (request.param, str(folder)), nprocs=request.param)

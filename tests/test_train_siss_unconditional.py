@@ -122,6 +122,7 @@ def test_a_one_sided_step_is_no_scale_to_go_on_with(base_args, tmp_path):
     assert set(scales[1:6] + scales[7:]) == {scales[1]}
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_compiled_once_for_all_sizes_of_groups(base_args, tmp_path, monkeypatch):
     """As accelerate's `dynamo_config` asks for it; without the compiler behind it, which takes minutes on a CPU."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")

@@ -118,6 +118,7 @@ def test_work_is_counted_as_the_engine_runs_it(variance):
     assert variance.count_work(METHODS["subscore_bernoulli"]().rows(one_sided_query))[3]
 
 
+@pytest.mark.slow
 def test_quick(variance, tmp_path, capsys):
     files = tmp_path / "variance.json", tmp_path / "variance.png"
     variance.main(["--quick", "--models", "digits", "latents", "--json", str(files[0]), "--plot", str(files[1])])
