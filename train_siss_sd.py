@@ -231,7 +231,8 @@ def load_configs(args: argparse.Namespace) -> tuple[dict, dict]:
         choose_resolution(args.resolution, unet_config, vae_config)
     if channels != latent_channels:
         raise UsageError(
-            f"{flag}: the UNet takes {channels} channels and the VAE makes {latent_channels}; inpainting and other conditioned models are not supported yet"
+            f"{flag}: the UNet takes {channels} channels and the VAE makes {latent_channels}; inpainting and other"
+            " conditioned models are not supported yet"
         )
     return unet_config, vae_config
 

@@ -93,7 +93,9 @@ def save_model(model: ModelMixin, folder: Path | None) -> None:
         model.save_pretrained(folder)
 
 
-def save_pipeline(make_pipeline: Callable[[ModelMixin], DiffusionPipeline], unet: ModelMixin, folder: Path | None):
+def save_pipeline(
+    make_pipeline: Callable[[ModelMixin], DiffusionPipeline], unet: ModelMixin, folder: Path | None
+) -> None:
     """Save the pipeline around a UNet that may be sharded; `folder` as in `save_model`.
 
     Args:

@@ -1,14 +1,12 @@
 """Real gloo processes: the step of one process on the whole batch, and bitwise the same weights on every rank."""
 
 from contextlib import nullcontext
-from datetime import timedelta
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from tiny_problem import TinyNet, draw_query, flatten, micro_batches, relative_error, trainable
+from tiny_problem import TinyNet, draw_query, flatten, micro_batches, relative_error, run_ranks, trainable
 from torch.nn.parallel import DistributedDataParallel
 
 from siss_diffusers import METHODS, PairedGradients, scaling_rule
@@ -104,28 +102,20 @@ def published_loop(rank):
     return flatten(trainable(model))
 
 
-def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
+def results_of(rank, world_size):
     results = {"train": {case: train(rank, world_size, *case) for case in CASES}, "overflow": {}}
     for scaling in SCALINGS:
         for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
             results["overflow"][scaling, scaler is not None] = overflow(rank, world_size, scaling, scaler)
     if world_size == 2:
         results["published"] = published_loop(rank)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
     """The results of every rank of one launch."""
-    folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(worker, (request.param, str(folder)), nprocs=request.param)
-    # Written by the processes of this test, so unpickling is safe.
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+    return run_ranks(results_of, request.param, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.parametrize(("scaling", "kind"), CASES)

@@ -1,13 +1,11 @@
 """FSDP2 on real gloo processes: the gradients of sharded parameters are those of one process on the whole batch."""
 
-from datetime import timedelta
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from tiny_problem import TinyNet, draw_query, flatten, micro_batches, relative_error, trainable
+from tiny_problem import TinyNet, draw_query, flatten, micro_batches, relative_error, run_ranks, trainable
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -111,23 +109,14 @@ def overflow(rank, world_size):
     return stats.skipped, whole(trainable(net)).equal(before)
 
 
-def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
+def results_of(rank, world_size):
     results = {case: train(rank, world_size, *case) for case in CASES}
-    results["overflow"] = overflow(rank, world_size)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results | {"overflow": overflow(rank, world_size)}
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), 4])
 def ranks(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (request.param, str(folder)), nprocs=request.param)
-    # Written by the processes of this test, so unpickling is safe.
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+    return run_ranks(results_of, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(("scaling", "kind"), CASES)

@@ -1,8 +1,13 @@
 """A network and pairs of images so small that float64 references are cheap; shared by the tests of gradients."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
+from datetime import timedelta
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 from siss_diffusers import GaussianPath, PairedGradients, Query
@@ -83,3 +88,19 @@ def engine_gradient(net, rule, window, max_grad_norm=None, **options):
 
 def relative_error(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def run_ranks(function: Callable[[int, int], object], world_size: int, folder: Path) -> list:
+    """What `function(rank, world_size)` returns on each of so many real gloo processes."""
+    mp.spawn(_run_rank, (function, world_size, str(folder)), nprocs=world_size)
+    # Written by the processes of this test, so unpickling is safe.
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _run_rank(rank: int, function: Callable[[int, int], object], world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    torch.save(function(rank, world_size), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
