@@ -418,7 +418,7 @@ class PairedGradients:
             grad_norm_keep=norms[0],
             grad_norm_forget=norms[1],
             grad_norm=math.sqrt(squared_norm) if not skipped else math.nan,
-            forget_scale=forget_scale,
+            forget_scale=forget_scale + 0.0,  # not -0.0
             forget_active=None if self.thresholds is None else self._active_share(sums),
             one_sided=sums["keep_weight"] == 0 or sums["forget_weight"] == 0,
             skipped=skipped,
