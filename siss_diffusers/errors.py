@@ -32,13 +32,25 @@ def one_line(message: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
 
 
+# An exception out of a signal's handler is lost where some object is just being finalized, or where a library catches all
+# of them: after so many seconds the signal is sent once more.
+SEND_AGAIN_SECONDS = 1.0
+
+
 def _terminate(number: int, _: object) -> NoReturn:
+    signal.setitimer(signal.ITIMER_REAL, SEND_AGAIN_SECONDS)
     raise Interrupted(number)
+
+
+def _send_again(*_: object) -> None:
+    # To whoever handles it by now: in training it is asked to stop after the step.
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(main: Callable[[], None], program: str) -> NoReturn:
     """Call `main` and exit: 0 done; 2 bad usage or bad input; 130 and 143 after SIGINT and SIGTERM; 1 anything else."""
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    handlers = {signal.SIGTERM: _terminate, signal.SIGALRM: _send_again}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         main()
     except (UsageError, RunError) as error:
@@ -50,5 +62,7 @@ def run(main: Callable[[], None], program: str) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     sys.exit(0)

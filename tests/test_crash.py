@@ -197,7 +197,9 @@ class TestSignals:
 
     def test_before_the_first_step_there_is_nothing_to_save(self, script, forker, tmp_path):
         program, _, flags = script
-        child = forker.start(program, to_argv(flags | {"--output_dir": str(tmp_path / "out")}))
+        # So long that it cannot be over when the signal comes, however late that is.
+        flags |= {"--output_dir": str(tmp_path / "out"), "--max_train_steps": "20000"}
+        child = forker.start(program, to_argv(flags))
         time.sleep(0.15)
         child.kill(signal.SIGTERM)
         assert forker.wait(child) == 143
