@@ -1,0 +1,144 @@
+"""What is compared: the flags of `train_siss_unconditional.py` for every method, those published and a sweep.
+
+A setting is a dictionary of flags. Every variant has eight: the published one first, then its own knobs. They share
+one budget, of rows that the network runs on, so a method that noises both images takes half of the steps.
+"""
+
+Setting = dict[str, str]
+
+ALL, HIGH = "0 1000", "300 1000"
+SWEEP_SIZE = 8
+
+
+def setting(method: str, rate: float, timesteps: str = ALL, **flags: str | float) -> Setting:
+    """`flags` are named as on the command line, without the dashes."""
+    found = {"--method": method, "--learning_rate": f"{rate:g}", "--timestep_range": timesteps}
+    return found | {f"--{name}": value if isinstance(value, str) else f"{value:g}" for name, value in flags.items()}
+
+
+def relative(method: str, rate: float, rho: float, timesteps: str = ALL, **flags: str | float) -> Setting:
+    return setting(method, rate, timesteps, forget_scaling="relative", forget_scale=rho, **flags)
+
+
+def norm(method: str, rate: float, scale: float, timesteps: str = ALL, **flags: str | float) -> Setting:
+    return setting(method, rate, timesteps, forget_scaling="norm", forget_scale=scale, **flags)
+
+
+def subtracting(method: str) -> list[Setting]:
+    """The paper's own: `scaling_norm` 5, lambda 0.5, rate 5e-5."""
+    return [
+        norm(method, 5e-5, 5),
+        relative(method, 5e-5, 0.1),
+        relative(method, 1e-4, 0.1),
+        relative(method, 1e-4, 0.3),
+        relative(method, 1e-4, 0.1, HIGH),
+        relative(method, 1e-4, 0.3, HIGH),
+        relative(method, 2e-4, 0.1),
+        setting(method, 1e-4, forget_scaling="nash"),
+    ]
+
+
+def calibrated(method: str) -> list[Setting]:
+    return [
+        relative(method, rate, rho, timesteps, calibrate_forgetting=quantile)
+        for rate, rho, timesteps, quantile in (
+            (5e-5, 1, ALL, 0.9),
+            (1e-4, 1, ALL, 0.75),
+            (1e-4, 1, ALL, 0.9),
+            (1e-4, 1, ALL, 1),
+            (1e-4, 1, HIGH, 0.9),
+            (1e-4, 1, HIGH, 1),
+            (1e-4, 0.3, ALL, 1),
+            (2e-4, 1, ALL, 1),
+        )
+    ]
+
+
+SWEEP: dict[str, list[Setting]] = {
+    "naive_deletion": [
+        *(setting("naive_deletion", rate) for rate in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
+        *(setting("naive_deletion", rate, HIGH) for rate in (1e-4, 2e-4, 4e-4)),
+    ],
+    # Its factor s does not matter under a clipped gradient and Adam; the paper's 0.01 is kept.
+    "neggrad": [
+        *(setting("neggrad", rate, method_args="scale=0.01") for rate in (5e-5, 2e-5, 1e-5, 5e-6, 2e-6)),
+        *(setting("neggrad", rate, HIGH, method_args="scale=0.01") for rate in (2e-5, 1e-5, 5e-6)),
+    ],
+    "siss": subtracting("siss"),
+    "siss_no_is": subtracting("siss_no_is"),
+    "subscore_bernoulli": subtracting("subscore_bernoulli"),
+    "erasediff": [
+        setting("erasediff", rate, timesteps, method_args=f"eta={eta:g}")
+        for rate, eta, timesteps in (
+            (5e-5, 1e-3, ALL),
+            (1e-4, 1e-3, ALL),
+            (2e-4, 1e-3, ALL),
+            (1e-4, 1e-2, ALL),
+            (1e-4, 1e-1, ALL),
+            (2e-4, 1e-1, ALL),
+            (1e-4, 1e-2, HIGH),
+            (2e-4, 1e-2, HIGH),
+        )
+    ],
+    "retrack": [
+        # Published with 128 pairs a step.
+        setting("retrack", 5e-5, method_args="lam=0.005 num_neighbors=10", train_batch_size="128"),
+        *(
+            setting("retrack", rate, timesteps, method_args=f"lam={lam:g} num_neighbors=10")
+            for rate, lam, timesteps in (
+                (1e-4, 0.005, ALL),
+                (2e-4, 0.005, ALL),
+                (1e-4, 0.05, ALL),
+                (2e-4, 0.05, ALL),
+                (1e-4, 0.5, ALL),
+                (2e-4, 0.5, ALL),
+                (2e-4, 0.5, HIGH),
+            )
+        ),
+    ],
+    "siss, calibrated": calibrated("siss"),
+    "siss_no_is, calibrated": calibrated("siss_no_is"),
+    "subscore_bernoulli, calibrated": calibrated("subscore_bernoulli"),
+    "neggrad, calibrated": [
+        setting("neggrad", rate, timesteps, method_args="scale=0.01", calibrate_forgetting=quantile)
+        for rate, timesteps, quantile in (
+            (5e-5, ALL, 0.9),
+            (1e-5, ALL, 0.75),
+            (1e-5, ALL, 0.9),
+            (1e-5, ALL, 1),
+            (2e-5, ALL, 0.9),
+            (2e-5, ALL, 1),
+            (1e-5, HIGH, 0.9),
+            (2e-5, HIGH, 1),
+        )
+    ],
+}
+
+# Two calls of the network for a pair: both images are noised.
+TWO_ROWS = ("siss_no_is", "erasediff", "retrack")
+
+
+def describe(flags: Setting) -> str:
+    """A setting in a few words, for tables; also its key in the results."""
+    words = [f"lr {flags['--learning_rate']}"]
+    if "--forget_scaling" in flags:
+        words.append(f"{flags['--forget_scaling']} {flags.get('--forget_scale', '')}".strip())
+    if "--calibrate_forgetting" in flags:
+        words.append(f"quantile {flags['--calibrate_forgetting']}")
+    words += flags.get("--method_args", "").split()
+    if "--train_batch_size" in flags:
+        words.append(f"batch {flags['--train_batch_size']}")
+    if flags["--timestep_range"] != ALL:
+        words.append(f"t >= {flags['--timestep_range'].split()[0]}")
+    for name, word in (("--use_ema", "EMA"), ("independent", "not stratified")):
+        if name in flags:
+            words.append(word)
+    return ", ".join(words)
+
+
+# What the chosen settings of these are made of, one change at a time.
+ABLATIONS: dict[str, dict[str, Setting]] = {}
+# Subtracting methods, trained ten times as long.
+TEN_TIMES = [
+    variant for variant in SWEEP if variant.split(",")[0] in ("siss", "siss_no_is", "subscore_bernoulli", "neggrad")
+]
