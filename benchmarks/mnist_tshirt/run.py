@@ -39,7 +39,7 @@ from problem import (
     read_npz,
     train_classifier,
 )
-from settings import ABLATIONS, SWEEP, TEN_TIMES, TWO_ROWS, Setting, describe
+from settings import ABLATIONS, SWEEP, TEN_TIMES, TWO_ROWS, Setting, changed, describe
 from torchvision.io import write_png
 
 import siss_diffusers.data
@@ -262,11 +262,16 @@ class Experiment:
                 for variant, flags in chosen.items()
             ]
         if stage == "ablation":
-            return [
-                self.unlearning("ablation", f"{variant}: {name}", flags | change, seed, args.num_ablation_samples)
-                for seed in args.ablation_seeds
+            changes = [
+                (variant, flags, name, changed(flags, change))
                 for variant, flags in chosen.items()
                 for name, change in ABLATIONS.get(variant, {}).items()
+            ]
+            return [
+                self.unlearning("ablation", f"{variant}: {name}", new, seed, args.num_ablation_samples)
+                for seed in args.ablation_seeds
+                for variant, flags, name, new in changes
+                if new != flags or name == "as chosen"
             ]
         if stage == "ten_times":
             return [

@@ -1,13 +1,13 @@
 """What is compared: the flags of `train_siss_unconditional.py` for every method, those published and a sweep.
 
-A setting is a dictionary of flags. Every variant has eight: the published one first, then its own knobs. They share
+A setting is a dictionary of flags. Every variant has ten: the published one first, then its own knobs. They share
 one budget, of rows that the network runs on, so a method that noises both images takes half of the steps.
 """
 
 Setting = dict[str, str]
 
-ALL, HIGH = "0 1000", "300 1000"
-SWEEP_SIZE = 8
+ALL, MOST, HIGH = "0 1000", "200 1000", "300 1000"
+SWEEP_SIZE = 10
 
 
 def setting(method: str, rate: float, timesteps: str = ALL, **flags: str | float) -> Setting:
@@ -31,6 +31,8 @@ def subtracting(method: str) -> list[Setting]:
         relative(method, 5e-5, 0.1),
         relative(method, 1e-4, 0.1),
         relative(method, 1e-4, 0.3),
+        relative(method, 5e-5, 0.3, MOST),
+        relative(method, 1e-4, 0.3, MOST),
         relative(method, 1e-4, 0.1, HIGH),
         relative(method, 1e-4, 0.3, HIGH),
         relative(method, 2e-4, 0.1),
@@ -43,12 +45,14 @@ def calibrated(method: str) -> list[Setting]:
         relative(method, rate, rho, timesteps, calibrate_forgetting=quantile)
         for rate, rho, timesteps, quantile in (
             (5e-5, 1, ALL, 0.9),
+            (1e-4, 1, ALL, 0.5),
             (1e-4, 1, ALL, 0.75),
             (1e-4, 1, ALL, 0.9),
             (1e-4, 1, ALL, 1),
             (1e-4, 1, HIGH, 0.9),
             (1e-4, 1, HIGH, 1),
             (1e-4, 0.3, ALL, 1),
+            (2e-4, 1, ALL, 0.5),
             (2e-4, 1, ALL, 1),
         )
     ]
@@ -57,11 +61,12 @@ def calibrated(method: str) -> list[Setting]:
 SWEEP: dict[str, list[Setting]] = {
     "naive_deletion": [
         *(setting("naive_deletion", rate) for rate in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
+        *(setting("naive_deletion", rate, MOST) for rate in (2e-4, 4e-4)),
         *(setting("naive_deletion", rate, HIGH) for rate in (1e-4, 2e-4, 4e-4)),
     ],
     # Its factor s does not matter under a clipped gradient and Adam; the paper's 0.01 is kept.
     "neggrad": [
-        *(setting("neggrad", rate, method_args="scale=0.01") for rate in (5e-5, 2e-5, 1e-5, 5e-6, 2e-6)),
+        *(setting("neggrad", rate, method_args="scale=0.01") for rate in (5e-5, 2e-5, 1e-5, 5e-6, 2e-6, 1e-6, 5e-7)),
         *(setting("neggrad", rate, HIGH, method_args="scale=0.01") for rate in (2e-5, 1e-5, 5e-6)),
     ],
     "siss": subtracting("siss"),
@@ -71,6 +76,8 @@ SWEEP: dict[str, list[Setting]] = {
         setting("erasediff", rate, timesteps, method_args=f"eta={eta:g}")
         for rate, eta, timesteps in (
             (5e-5, 1e-3, ALL),
+            (2e-5, 1e-3, ALL),
+            (5e-5, 1e-4, ALL),
             (1e-4, 1e-3, ALL),
             (2e-4, 1e-3, ALL),
             (1e-4, 1e-2, ALL),
@@ -88,6 +95,8 @@ SWEEP: dict[str, list[Setting]] = {
             for rate, lam, timesteps in (
                 (1e-4, 0.005, ALL),
                 (2e-4, 0.005, ALL),
+                (1e-4, 0.01, ALL),
+                (2e-4, 0.01, ALL),
                 (1e-4, 0.05, ALL),
                 (2e-4, 0.05, ALL),
                 (1e-4, 0.5, ALL),
@@ -103,9 +112,11 @@ SWEEP: dict[str, list[Setting]] = {
         setting("neggrad", rate, timesteps, method_args="scale=0.01", calibrate_forgetting=quantile)
         for rate, timesteps, quantile in (
             (5e-5, ALL, 0.9),
+            (1e-5, ALL, 0.5),
             (1e-5, ALL, 0.75),
             (1e-5, ALL, 0.9),
             (1e-5, ALL, 1),
+            (2e-5, ALL, 0.5),
             (2e-5, ALL, 0.9),
             (2e-5, ALL, 1),
             (1e-5, HIGH, 0.9),
@@ -136,9 +147,27 @@ def describe(flags: Setting) -> str:
     return ", ".join(words)
 
 
-# What the chosen settings of these are made of, one change at a time.
-ABLATIONS: dict[str, dict[str, Setting]] = {}
+# One change at a time to the chosen settings of these; None takes a flag away.
+Change = dict[str, str | None]
+CHANGES: dict[str, Change] = {
+    "as chosen": {},
+    "not stratified": {"independent": "1"},
+    "EMA": {"--use_ema": ""},
+    "all timesteps": {"--timestep_range": ALL},
+    "t >= 200": {"--timestep_range": "200 1000"},
+    "t >= 300": {"--timestep_range": HIGH},
+    "t >= 500": {"--timestep_range": "500 1000"},
+    "norm": {"--forget_scaling": "norm", "--forget_scale": "5"},
+    "fixed": {"--forget_scaling": "fixed", "--forget_scale": "0.1"},
+    "nash": {"--forget_scaling": "nash", "--forget_scale": None},
+    "lambda 0.25": {"--method_args": "lam=0.25"},
+    "lambda 0.75": {"--method_args": "lam=0.75"},
+}
+ABLATIONS: dict[str, dict[str, Change]] = {"siss": CHANGES, "siss, calibrated": CHANGES}
 # Subtracting methods, trained ten times as long.
-TEN_TIMES = [
-    variant for variant in SWEEP if variant.split(",")[0] in ("siss", "siss_no_is", "subscore_bernoulli", "neggrad")
-]
+SUBTRACTING = ("siss", "siss_no_is", "subscore_bernoulli", "neggrad")
+TEN_TIMES = [variant for variant in SWEEP if variant.split(",")[0] in SUBTRACTING]
+
+
+def changed(flags: Setting, change: Change) -> Setting:
+    return {name: value for name, value in (flags | change).items() if value is not None}
