@@ -233,6 +233,7 @@ def replace(text: str, name: str, content: str) -> str:
 TABLES: dict[str, Callable[[dict[str, Line]], str]] = {
     "main": main_table,
     "cost": cost_table,
+    "twice": lambda lines: grouped_table(lines, "twice"),
     "ablation": lambda lines: grouped_table(lines, "ablation"),
     "ten_times": lambda lines: grouped_table(lines, "ten_times"),
     "sweep": sweep_table,
