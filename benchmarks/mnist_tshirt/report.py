@@ -31,7 +31,7 @@ COLUMNS = (
     ("nll_keep_bpd", 1, 2, "NLL digits"),
     ("inception_score", 1, 2, "inception score"),
     ("fid", 1, 2, "FID"),
-    ("kid", 1000, 1, "KID x 1000"),
+    ("kid", 1, 0, "KID"),
     ("membership_auc_digits", 1, 2, "AUC, digits"),
     ("membership_auc_strangers", 1, 2, "AUC, strangers"),
 )
@@ -189,6 +189,8 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
             axis.set_xscale("symlog", linthresh=0.1)
             axis.set_xlim(left=-0.01)
         axis.set(xlabel=x_label, ylabel=y_label)
+        if x == "nll_forget_bpd":
+            axis.set_xlim(2, 10)
         limit(axis, [value for *_, found in final_rows(lines) for value in values(found, y)], y)
     axes[-1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
@@ -233,7 +235,7 @@ def replace(text: str, name: str, content: str) -> str:
 TABLES: dict[str, Callable[[dict[str, Line]], str]] = {
     "main": main_table,
     "cost": cost_table,
-    "twice": lambda lines: grouped_table(lines, "twice"),
+    "four_times": lambda lines: grouped_table(lines, "four_times"),
     "ablation": lambda lines: grouped_table(lines, "ablation"),
     "ten_times": lambda lines: grouped_table(lines, "ten_times"),
     "sweep": sweep_table,

@@ -39,7 +39,7 @@ from problem import (
     read_npz,
     train_classifier,
 )
-from settings import ABLATIONS, SWEEP, TEN_TIMES, TWO_ROWS, Setting, changed, describe
+from settings import ABLATIONS, FOUR_TIMES, SWEEP, TEN_TIMES, TWO_ROWS, Setting, changed, describe
 from torchvision.io import write_png
 
 import siss_diffusers.data
@@ -51,7 +51,7 @@ from siss_diffusers.errors import UsageError, run
 from siss_diffusers.metrics.copies import frame_copies
 
 
-STAGES = ("base", "sweep", "final", "retrained", "ablation", "twice", "ten_times", "cost")
+STAGES = ("base", "sweep", "final", "retrained", "ablation", "four_times", "ten_times", "cost")
 SWEEP_SEED = 100  # not one of those that the chosen settings are judged by
 PICTURES = 160
 # Under the rule `norm` rows that serve both sides run twice, and on these pictures about half of SISS's rows do.
@@ -258,6 +258,14 @@ class Experiment:
                 for variant in args.variants
                 for flags in SWEEP[variant]
             ]
+        if stage == "four_times":
+            return [
+                self.unlearning(stage, variant, flags, seed, args.num_samples, 4 * args.evaluations)
+                for variant, settings in FOUR_TIMES.items()
+                if variant in args.variants
+                for seed in args.seeds
+                for flags in settings
+            ]
         chosen = {variant: chosen_setting(self.results.read(), variant) for variant in args.variants}
         if stage == "final":
             return [
@@ -276,12 +284,6 @@ class Experiment:
                 for seed in args.ablation_seeds
                 for variant, flags, name, new in changes
                 if new != flags or name == "as chosen"
-            ]
-        if stage == "twice":
-            return [
-                self.unlearning(stage, variant, flags, seed, args.num_samples, 2 * args.evaluations)
-                for seed in args.seeds
-                for variant, flags in chosen.items()
             ]
         if stage == "ten_times":
             return [

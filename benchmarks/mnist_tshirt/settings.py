@@ -147,6 +147,14 @@ def describe(flags: Setting) -> str:
     return ", ".join(words)
 
 
+# Gentler settings with four times the budget.
+FOUR_TIMES: dict[str, list[Setting]] = {
+    "siss": [relative("siss", 5e-5, 0.1)],
+    "retrack": [setting("retrack", 1e-4, method_args="lam=0.01 num_neighbors=10")],
+    "naive_deletion": [setting("naive_deletion", 5e-5)],
+    "siss_no_is": [relative("siss_no_is", 5e-5, 0.1)],
+}
+
 # One change at a time to the chosen settings of these; None takes a flag away.
 Change = dict[str, str | None]
 CHANGES: dict[str, Change] = {
