@@ -36,6 +36,9 @@ SCALING_NORM = 5.0  # of the published digits experiment; its value does not cha
 MAX_GRAD_NORM = 1.0
 WARMUP = 2
 PEAK_STEPS = 3
+# Environment of a process whose peak is measured: freed blocks go back to the system at once, so that resident memory is
+# what is in use.
+FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 Images = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
@@ -256,9 +259,9 @@ def peak_in_child(args: argparse.Namespace, model: str, batch: int, variant: str
     command += ["--resolution", str(args.resolution)]
     if args.full_size:
         command.append("--full_size")
-    # Freed blocks go back to the system at once, so that resident memory is what is in use.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    return json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return json.loads(
+        subprocess.run(command, env=os.environ | FREE_AT_ONCE, stdout=subprocess.PIPE, text=True, check=True).stdout
+    )
 
 
 def measure_stable_diffusion(args: argparse.Namespace, device: torch.device, out: TextIO) -> list[dict]:

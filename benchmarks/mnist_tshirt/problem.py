@@ -15,21 +15,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, load_dataset
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.training_utils import EMAModel
+from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from siss_diffusers.assets.digits import garment_image
+from siss_diffusers.assets.make_tiny_ddpm import train_ddpm
 from siss_diffusers.checkpoints import write_json
 from siss_diffusers.errors import UsageError
 
 
 GARMENT_SHARE = 0.01
 NUM_UNSEEN = 500
-TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,6 @@ class Preset:
     Args:
         channels, layers: of the UNet, which attends in the middle block alone.
         pretrain_steps, pretrain_rate: of AdamW with a cosine schedule; batch 128.
-        paper_steps: what the paper trained the same network for; None where the network is not the paper's.
         num_inference_steps: of DDIM.
         evaluations: rows of training that the network runs on in one unlearning, the budget of every method.
         pairs: of a step.
@@ -49,7 +46,6 @@ class Preset:
     layers: int
     pretrain_steps: int
     pretrain_rate: float
-    paper_steps: int | None
     num_inference_steps: int
     evaluations: int
     pairs: int = 64
@@ -69,9 +65,9 @@ class Preset:
 
 
 PRESETS = {
-    16: Preset((8, 16, 32), 1, 12_000, 1.5e-3, None, 20, 9_600),
-    # The paper's network; its 300 steps of 64 pairs.
-    28: Preset((64, 128, 256), 2, 117_500, 2e-4, 117_500, 50, 19_200),
+    16: Preset((8, 16, 32), 1, 12_000, 1.5e-3, 20, 9_600),
+    # The paper's network and its 117,500 steps; the budget of its 300 steps of 64 pairs.
+    28: Preset((64, 128, 256), 2, 117_500, 2e-4, 50, 19_200),
 }
 
 
@@ -201,27 +197,15 @@ def pretrain(problem: Problem, folder: Path, with_garment: bool, seed: int, step
     images = problem.digits * 2 - 1
     if with_garment:
         images = torch.cat([images, (problem.garment * 2 - 1).expand(problem.garment_copies, -1, -1, -1)])
-    unet = preset.network(problem.resolution).to(device)
-    noise_scheduler = DDPMScheduler(num_train_timesteps=TIMESTEPS, beta_schedule="linear")
-    ema = EMAModel(unet.parameters(), decay=0.9995, use_ema_warmup=True, power=3 / 4, foreach=True)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=preset.pretrain_rate, weight_decay=1e-6, fused=True)
-    lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    progress_bar = tqdm(range(steps), desc=folder.name, mininterval=30)
-    for step in progress_bar:
-        clean = images[torch.randint(len(images), (128,))].to(device)
-        noise = torch.randn(clean.shape).to(device)
-        timesteps = torch.randint(TIMESTEPS, (len(clean),)).to(device)
-        loss = F.mse_loss(unet(noise_scheduler.add_noise(clean, noise, timesteps), timesteps).sample, noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        ema.step(unet.parameters())
-        if step % 500 == 0:
-            progress_bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    ema.copy_to(unet.parameters())
-    DDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained(folder)
+    pipeline = train_ddpm(
+        preset.network(problem.resolution).to(device),
+        images,
+        max_train_steps=steps,
+        train_batch_size=128,
+        learning_rate=preset.pretrain_rate,
+    )
+    pipeline.save_pretrained(folder)
+    # Last of all: it says that the training came to its end.
     write_json(folder / "pretraining.json", {"steps": steps, "seed": seed, "with_garment": with_garment})
 
 

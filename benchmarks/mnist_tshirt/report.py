@@ -24,7 +24,7 @@ from siss_diffusers.metrics.copies import wilson_interval
 
 Line = dict[str, object]
 
-# Key, factor, digits, and what it is called in a table. Arrows say what an unlearned model should do.
+# Key, factor, digits, and what it is called in a table.
 COLUMNS = (
     ("injected_copy_share", 100, 1, "injected copies, %"),
     ("nll_forget_bpd", 1, 2, "NLL garment"),

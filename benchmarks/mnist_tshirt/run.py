@@ -21,13 +21,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 from diffusers import DDPMPipeline
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import Measurement
 from problem import (
     PRESETS,
@@ -40,14 +42,16 @@ from problem import (
     train_classifier,
 )
 from settings import ABLATIONS, FOUR_TIMES, SWEEP, TEN_TIMES, TWO_ROWS, Setting, changed, describe
+from step_cost import FREE_AT_ONCE, measure_peak
 from torchvision.io import write_png
 
-import siss_diffusers.data
 import train_siss_unconditional
+from siss_diffusers import METHODS, Query, Rows
 from siss_diffusers.arguments import positive_int
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS
-from siss_diffusers.draws import COMPONENT, keyed_generator
 from siss_diffusers.errors import UsageError, run
+from siss_diffusers.hub import weights_digest
+from siss_diffusers.methods import SISS
 from siss_diffusers.metrics.copies import frame_copies
 
 
@@ -195,15 +199,21 @@ def counted_evaluations() -> Iterator[list[int]]:
         handle.remove()
 
 
-def independent_components(seed: int, window: int, num_pairs: int, lam: float) -> np.ndarray:
-    """In place of `draws.mixture_components`: each pair by itself, as published."""
-    return keyed_generator(seed, COMPONENT, window).random(num_pairs) < lam
+@dataclass(frozen=True)
+class IndependentSISS(SISS):
+    """SISS as published, for the ablation: each pair by itself is made from its forget image with probability `lam`."""
+
+    name = "siss_independent"
+
+    def rows(self, query: Query) -> Rows:
+        # By what was drawn for the pairs, so that a run of the same seed is the same.
+        seed = int.from_bytes(hashlib.sha256(query.noise.numpy().tobytes()).digest()[:7], "big")
+        uniform = torch.rand(len(query.noise), generator=torch.Generator().manual_seed(seed))
+        return super().rows(replace(query, from_forget=uniform < self.lam))
 
 
 def unlearn(problem: Problem, base: Path, output_dir: Path, flags: Setting, steps: int, seed: int) -> dict:
     """`train_siss_unconditional.py` in this process; what it took."""
-    flags = dict(flags)
-    independent = flags.pop("independent", False)
     argv = [
         *("--pretrained_model_name_or_path", str(base), "--dataset_name", str(problem.training_set)),
         *("--output_dir", str(output_dir), "--overwrite_output_dir"),
@@ -212,8 +222,7 @@ def unlearn(problem: Problem, base: Path, output_dir: Path, flags: Setting, step
     ]
     for name, value in ({"--train_batch_size": str(problem.preset.pairs)} | flags).items():
         argv += [name, *value.split()]
-    components = independent_components if independent else siss_diffusers.data.mixture_components
-    with counted_evaluations() as count, mock.patch.object(siss_diffusers.data, "mixture_components", components):
+    with counted_evaluations() as count:
         train_siss_unconditional.main(argv)
     log = [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
     # Over the last ten steps, for a step sees few forget rows.
@@ -235,8 +244,7 @@ class Experiment:
         self.args, self.device = args, device
         self.problem = Problem.load(args.folder)
         self.base = args.base or args.folder / "base"
-        weights = self.base / "unet" / "diffusion_pytorch_model.safetensors"
-        self.results = Results(args.results, hashlib.sha256(weights.read_bytes()).hexdigest()[:16])
+        self.results = Results(args.results, weights_digest(self.base))
         classifier = load_classifier(self.problem, device)
         self.measurement = Measurement(self.problem, classifier, self.problem.preset.num_inference_steps)
 
@@ -296,7 +304,7 @@ class Experiment:
 
     def reference(self, variant: str, folder: Path, seed: int) -> Task:
         def do() -> dict:
-            if not (folder / "model_index.json").exists():
+            if not (folder / "pretraining.json").exists():
                 pretrain(self.problem, folder, False, seed, self.args.pretrain_steps, self.device)
             return self.measured(folder, f"{variant}-{seed}", self.args.num_samples, seed)
 
@@ -337,39 +345,27 @@ class Experiment:
 
         def do() -> dict:
             child = [*sys.argv, "--cost_of", json.dumps(flags)]
-            finished = subprocess.run([sys.executable, *child], check=True, capture_output=True, text=True)
+            finished = subprocess.run(
+                [sys.executable, *child],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | FREE_AT_ONCE,
+            )
             return json.loads(finished.stdout.splitlines()[-1])
 
         about = {"stage": "cost", "variant": variant, "setting": describe(flags), "flags": flags}
         return Task(f"cost/{variant}/{describe(flags)}", about | {"evaluations": self.args.evaluations}, do)
 
     def measured_cost(self, flags: Setting) -> dict:
-        before = clear_peak_memory(self.device)
-        took = self.unlearn(self.args.folder / "runs" / "cost", flags, self.args.evaluations, 0)
-        peak = peak_memory(self.device)
-        names = ("network_evaluations", "steps", "step_seconds", "train_seconds")
-        return {name: took[name] for name in names} | {"peak_bytes": None if peak is None else peak - before}
+        took = {}
 
+        def train(_: None) -> None:
+            took.update(self.unlearn(self.args.folder / "runs" / "cost", flags, self.args.evaluations, 0))
 
-def resident_bytes(field: str) -> int | None:
-    """`VmRSS`, or `VmHWM`, its peak; None but on Linux."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(field))
-
-
-def clear_peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    return resident_bytes("VmRSS") or 0
-
-
-def peak_memory(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes("VmHWM")
+        took["peak_bytes"] = measure_peak(lambda: train, [None], self.device)
+        names = ("network_evaluations", "steps", "step_seconds", "train_seconds", "peak_bytes")
+        return {name: took[name] for name in names}
 
 
 def forgotten(line: dict) -> bool:
@@ -407,7 +403,7 @@ def make_problem(args: argparse.Namespace, device: torch.device) -> None:
         if not (args.folder / "classifier.safetensors").exists():
             accuracy = train_classifier(problem, args.folder / "classifier.safetensors")
             print(f"The classifier reads {100 * accuracy:.1f} % of the unseen digits right", flush=True)
-        if args.base is None and not (args.folder / "base" / "model_index.json").exists():
+        if args.base is None and not (args.folder / "base" / "pretraining.json").exists():
             pretrain(problem, args.folder / "base", True, 0, args.pretrain_steps, device)
 
 
@@ -450,6 +446,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.cost_of is not None:
         print(json.dumps(experiment.measured_cost(json.loads(args.cost_of))))
         return
+    METHODS[IndependentSISS.name] = IndependentSISS
     for stage in args.stages:
         if stage == "cost" and args.worker:
             continue  # one at a time, or they would be in each other's way

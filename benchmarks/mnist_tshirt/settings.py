@@ -141,9 +141,10 @@ def describe(flags: Setting) -> str:
         words.append(f"batch {flags['--train_batch_size']}")
     if flags["--timestep_range"] != ALL:
         words.append(f"t >= {flags['--timestep_range'].split()[0]}")
-    for name, word in (("--use_ema", "EMA"), ("independent", "not stratified")):
-        if name in flags:
-            words.append(word)
+    if "--use_ema" in flags:
+        words.append("EMA")
+    if flags["--method"] == "siss_independent":
+        words.append("not stratified")
     return ", ".join(words)
 
 
@@ -159,10 +160,10 @@ FOUR_TIMES: dict[str, list[Setting]] = {
 Change = dict[str, str | None]
 CHANGES: dict[str, Change] = {
     "as chosen": {},
-    "not stratified": {"independent": "1"},
+    "not stratified": {"--method": "siss_independent"},
     "EMA": {"--use_ema": ""},
     "all timesteps": {"--timestep_range": ALL},
-    "t >= 200": {"--timestep_range": "200 1000"},
+    "t >= 200": {"--timestep_range": MOST},
     "t >= 300": {"--timestep_range": HIGH},
     "t >= 500": {"--timestep_range": "500 1000"},
     "norm": {"--forget_scaling": "norm", "--forget_scale": "5"},

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from siss_diffusers.assets.digits import GARMENT_COPIES, digit_images, garment_image
@@ -24,6 +25,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
+
+
+def train_ddpm(
+    unet: UNet2DModel, images: Tensor, *, max_train_steps: int, train_batch_size: int, learning_rate: float
+) -> DDPMPipeline:
+    """Ordinary training on `(N, C, H, W)` in [-1, 1] from torch's global generator, with averaged weights in the end."""
+    noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    ema = EMAModel(unet.parameters(), decay=0.9995, use_ema_warmup=True, power=3 / 4, foreach=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=1e-6, fused=True)
+    lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_train_steps)
+
+    progress_bar = tqdm(range(max_train_steps))
+    for step in progress_bar:
+        # Drawn on the CPU, so that every device sees the same.
+        clean = images[torch.randint(len(images), (train_batch_size,))]
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(1000, (len(clean),))
+        clean, noise, timesteps = (tensor.to(unet.device) for tensor in (clean, noise, timesteps))
+        loss = F.mse_loss(unet(noise_scheduler.add_noise(clean, noise, timesteps), timesteps).sample, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+        if step % 100 == 0:
+            progress_bar.set_postfix(loss=f"{loss.item():.4f}")
+
+    ema.copy_to(unet.parameters())
+    unet.to(memory_format=torch.contiguous_format)
+    return DDPMPipeline(unet=unet, scheduler=noise_scheduler)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,29 +77,14 @@ def main(argv: list[str] | None = None) -> None:
         norm_num_groups=8,
         attention_head_dim=16,
     ).to(memory_format=torch.channels_last)
-    noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-    ema = EMAModel(unet.parameters(), decay=0.9995, use_ema_warmup=True, power=3 / 4, foreach=True)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=1e-6, fused=True)
-    lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.max_train_steps)
-
-    progress_bar = tqdm(range(args.max_train_steps))
-    for step in progress_bar:
-        clean = images[torch.randint(len(images), (args.train_batch_size,))]
-        noise = torch.randn_like(clean)
-        timesteps = torch.randint(1000, (len(clean),))
-        loss = F.mse_loss(unet(noise_scheduler.add_noise(clean, noise, timesteps), timesteps).sample, noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        ema.step(unet.parameters())
-        if step % 100 == 0:
-            progress_bar.set_postfix(loss=f"{loss.item():.4f}")
-
-    ema.copy_to(unet.parameters())
-    unet.to(memory_format=torch.contiguous_format)
-    DDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained(args.output_dir)
+    pipeline = train_ddpm(
+        unet,
+        images,
+        max_train_steps=args.max_train_steps,
+        train_batch_size=args.train_batch_size,
+        learning_rate=args.learning_rate,
+    )
+    pipeline.save_pretrained(args.output_dir)
     print(json.dumps({"images": len(images), "garments": GARMENT_COPIES, **vars(args)}, indent=2))
 
 
