@@ -82,6 +82,7 @@ from siss_diffusers.training import (
     save_training_state,
     start_trackers,
     take_step,
+    timestep_ranges,
     trained_network,
     without_sync,
     write_checkpoints,
@@ -372,9 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     overrides = {} if args.prediction_type is None else {"prediction_type": args.prediction_type}
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **overrides)
     path = GaussianPath.from_scheduler(noise_scheduler)
-    timestep_range = tuple(args.timestep_range or (0, len(path)))
-    if timestep_range[1] > len(path):
-        raise UsageError(f"--timestep_range: HI must not exceed the model's {len(path)} timesteps")
+    timestep_range, forget_timestep_range = timestep_ranges(args, len(path))
 
     # With an adapter the frozen weights can be in half precision; what is trained is always in float32.
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
@@ -509,7 +508,7 @@ def main(argv: list[str] | None = None) -> None:
             len(calibration_rows),
             path,
             predict_on_host,
-            timestep_range,
+            forget_timestep_range,
             args.calibrate_forgetting,
             args.seed,
             args.eval_batch_size,
@@ -545,7 +544,9 @@ def main(argv: list[str] | None = None) -> None:
                 save_pipeline(lambda network: load_pipeline(unet=network), unet, folder)
         if folder is not None:
             lora = {"rank": args.rank, "alpha": args.lora_alpha} if args.use_lora else None
-            write_report(folder, args, accelerator, method, counts, timestep_range, state, lora=lora)
+            write_report(
+                folder, args, accelerator, method, counts, timestep_range, forget_timestep_range, state, lora=lora
+            )
             write_receipt(folder / "receipt.json", forget_digests)
 
     detectors = None
@@ -624,7 +625,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         window = []
         for _ in range(args.gradient_accumulation_steps):
-            rows = method.rows(Query(path=path, **next(batches)))
+            rows = method.rows_within(Query(path=path, **next(batches)), forget_timestep_range)
             if args.snr_gamma is not None:
                 alpha, sigma = path.alphas[rows.timesteps], path.sigmas[rows.timesteps]
                 rows = rows.reweighted(min_snr_weight(path.prediction_type, alpha, sigma, args.snr_gamma))

@@ -68,6 +68,7 @@ from siss_diffusers.training import (
     save_training_state,
     start_trackers,
     take_step,
+    timestep_ranges,
     trained_network,
     without_sync,
     write_checkpoints,
@@ -242,9 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     overrides = {name: value for name, value in overrides.items() if value is not None}
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **overrides)
     path = GaussianPath.from_scheduler(noise_scheduler)
-    timestep_range = tuple(args.timestep_range or (0, len(path)))
-    if timestep_range[1] > len(path):
-        raise UsageError(f"--timestep_range: HI must not exceed the model's {len(path)} timesteps")
+    timestep_range, forget_timestep_range = timestep_ranges(args, len(path))
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -308,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
             len(calibration_rows),
             path,
             predict_on_host,
-            timestep_range,
+            forget_timestep_range,
             args.calibrate_forgetting,
             args.seed,
             args.eval_batch_size,
@@ -404,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
         step_started = time.perf_counter()
         window = []
         for _ in range(args.gradient_accumulation_steps):
-            rows = method.rows(Query(path=path, **next(batches)))
+            rows = method.rows_within(Query(path=path, **next(batches)), forget_timestep_range)
             if path.prediction_type == "sample":
                 # The weighting of the official script: the loss in x0 times the signal-to-noise ratio.
                 rows = rows.reweighted((path.alphas[rows.timesteps] / path.sigmas[rows.timesteps]) ** 2)
@@ -461,7 +460,7 @@ def main(argv: list[str] | None = None) -> None:
     def write_result(folder: Path | None) -> None:
         write_pipeline(folder)
         if folder is not None:
-            write_report(folder, args, accelerator, method, counts, timestep_range, state)
+            write_report(folder, args, accelerator, method, counts, timestep_range, forget_timestep_range, state)
             write_receipt(folder / "receipt.json", forget_digests)
 
     save_together(accelerator, unet, output_dir, write_result, last="model_index.json")

@@ -306,6 +306,17 @@ def add_unlearning_arguments(parser: argparse.ArgumentParser, *, calibrate_by_de
         help="Train on timesteps LO <= t < HI only; all by default.",
     )
     group.add_argument(
+        "--forget_timestep_range",
+        type=natural_number,
+        nargs=2,
+        default=None,
+        metavar=("LO", "HI"),
+        help=(
+            "Forget at timesteps LO <= t < HI only, while the images to keep are learned at all of --timestep_range,"
+            " which is the default."
+        ),
+    )
+    group.add_argument(
         "--validation_steps",
         type=positive_int,
         default=None,
@@ -382,8 +393,22 @@ def check_unlearning_arguments(args: argparse.Namespace, *, calibrate_by_default
             f"--calibrate_forgetting needs a subtracted forget side, not --method {method.name}; use {fitting}"
         )
     check_forget_set_arguments(args)
-    if args.timestep_range is not None and args.timestep_range[0] >= args.timestep_range[1]:
-        raise UsageError("--timestep_range LO HI needs LO below HI")
+    if args.forget_timestep_range is not None and not method.has_both_sides:
+        fitting = ", ".join(name for name, known in METHODS.items() if known.has_both_sides)
+        raise UsageError(
+            f"--forget_timestep_range needs a keep side and a forget side, not --method {method.name}; use"
+            f" --timestep_range, or {fitting}"
+        )
+    for flag in ("timestep_range", "forget_timestep_range"):
+        given = getattr(args, flag)
+        if given is not None and given[0] >= given[1]:
+            raise UsageError(f"--{flag} LO HI needs LO below HI")
+    if args.timestep_range is not None and args.forget_timestep_range is not None:
+        (low, high), (forget_low, forget_high) = args.timestep_range, args.forget_timestep_range
+        if forget_low < low or forget_high > high:
+            raise UsageError(
+                f"--forget_timestep_range {forget_low} {forget_high} must lie within --timestep_range {low} {high}"
+            )
     if args.stop_when_forgotten and args.validation_steps is None:
         raise UsageError("--stop_when_forgotten needs --validation_steps, which says how often to look")
     return method, method.rule(scaling)

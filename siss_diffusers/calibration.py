@@ -47,7 +47,7 @@ def loss_thresholds(
     Args:
         losses: `(N,)`, mean over pixels for each row.
         timesteps: `(N,)` int64.
-        timestep_range: `(lo, hi)` of the training; timesteps outside have no threshold (infinity).
+        timestep_range: `(lo, hi)` of forgetting; timesteps outside have no threshold (infinity).
         num_timesteps: T.
         quantile: in [0, 1].
 

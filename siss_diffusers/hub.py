@@ -506,7 +506,10 @@ def hyperparameters(report: dict) -> str:
     rows += [
         (name.replace("_", " "), settings[name]) for name in ("learning_rate", "lr_scheduler") if name in settings
     ]
-    rows += [("timesteps", "{} to {}".format(*report["timestep_range"]))]
+    ranges = [report["timestep_range"], report.get("forget_timestep_range", report["timestep_range"])]
+    rows += [
+        (name, "{} to {}".format(*found)) for name, found in zip(("timesteps", "timesteps of forgetting"), ranges)
+    ]
     rows += [("precision", settings.get("mixed_precision", "no")), ("seed", settings.get("seed"))]
     rows += [("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))]
     return table(("", ""), rows)

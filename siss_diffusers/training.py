@@ -92,6 +92,21 @@ FIXED_ARGUMENTS = {
 }
 
 
+def timestep_ranges(args: argparse.Namespace, num_timesteps: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """--timestep_range and --forget_timestep_range of a model, with the defaults filled in.
+
+    Raises:
+        UsageError: for one that goes beyond the model's timesteps.
+    """
+    found = []
+    for flag, default in (("timestep_range", (0, num_timesteps)), ("forget_timestep_range", args.timestep_range)):
+        low, high = getattr(args, flag) or default or (0, num_timesteps)
+        if high > num_timesteps:
+            raise UsageError(f"--{flag}: HI must not exceed the model's {num_timesteps} timesteps")
+        found.append((low, high))
+    return tuple(found)
+
+
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerator and logging for the shared flags.
 
@@ -725,6 +740,7 @@ def write_report(
     method: Method,
     counts: dict[str, int],
     timestep_range: tuple[int, int],
+    forget_timestep_range: tuple[int, int],
     state: dict[str, int | float],
     **more: object,
 ) -> None:
@@ -748,6 +764,7 @@ def write_report(
             "data": counts,
             "settings": shared_settings(args),
             "timestep_range": timestep_range,
+            "forget_timestep_range": forget_timestep_range,
             "num_processes": accelerator.num_processes,
             "pairs_per_step": args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps,
             **{name: value for name, value in state.items() if name not in ("skipped_in_a_row", "forget_scale")},

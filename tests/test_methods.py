@@ -86,7 +86,7 @@ def reference_losses(net, query, name, args):
     return (1 - lam) * loss(1, x_t, target(x, eps)) + lam * redirected, nothing
 
 
-def reference_gradient(net, query, name, args, scaling, scale):
+def reference_gradient(net, query, name, args, scaling, scale, forget_timestep_range=None):
     net = copy.deepcopy(net).double()
 
     def gradient_of(loss):
@@ -97,7 +97,16 @@ def reference_gradient(net, query, name, args, scaling, scale):
         )
         return torch.cat([grad.flatten() for grad in grads])
 
-    g_keep, g_forget = (gradient_of(loss) for loss in reference_losses(net, query, name, args))
+    losses = reference_losses(net, query, name, args)
+    if forget_timestep_range is not None:
+        low, high = forget_timestep_range
+        (inside,) = torch.where((low <= query.timesteps) & (query.timesteps < high))
+        (outside,) = torch.where((low > query.timesteps) | (query.timesteps >= high))
+        inner = reference_losses(net, query[inside], name, args)
+        outer = reference_losses(net, query[outside], "naive_deletion", {})
+        share = len(inside) / len(query.keep)
+        losses = [share * inner + (1 - share) * outer for inner, outer in zip(inner, outer, strict=True)]
+    g_keep, g_forget = (gradient_of(loss) for loss in losses)
     norm_keep, norm_forget = g_keep.norm(), g_forget.norm()
     if name in ("naive_deletion", "retrack"):
         return g_keep
@@ -136,6 +145,39 @@ def test_gradient_of_every_method_is_that_of_its_equations(name, args, scaling, 
     found, _ = engine_gradient(net, rule, window)
     tolerance = 2e-6 if scaling == "nash" else 1e-6  # two unit vectors are subtracted, and cancel in part
     assert relative_error(found, reference_gradient(net, query, name, args, scaling, scale)) < tolerance
+
+
+BOTH_SIDES = [case for case in OWN_RULE + SCALED if METHODS[case[0]].has_both_sides]
+
+
+@pytest.mark.parametrize(("name", "args", "scaling", "scale"), BOTH_SIDES)
+def test_a_range_of_forgetting_leaves_ordinary_fine_tuning_elsewhere(name, args, scaling, scale):
+    net, method, query, forget_range = TinyNet(), METHODS[name](**args), draw_query(batch=24), (300, 700)
+    rule = method.rule(scaling_rule(scaling, scale) if scaling else scaling_rule())
+    window = [method.rows_within(part, forget_range) for part in micro_batches(query, 9, 1, 14)]
+    found, _ = engine_gradient(net, rule, window)
+    expected = reference_gradient(net, query, name, args, scaling, scale, forget_range)
+    assert relative_error(found, expected) < (2e-6 if scaling == "nash" else 1e-6)
+
+
+@pytest.mark.parametrize("name", sorted({case[0] for case in BOTH_SIDES}))
+def test_rows_outside_the_range_of_forgetting(name):
+    query = replace(draw_query(), keep_condition=torch.arange(12), forget_condition=torch.arange(12) + 100)
+    method = METHODS[name]()
+    outside = METHODS["naive_deletion"]().rows(query)
+    for low, high in ((300, 700), (0, 1)):  # in the second is no pair
+        rows = method.rows_within(query, (low, high))
+        within = (query.timesteps >= low) & (query.timesteps < high)
+        assert rows.num_pairs == 12 and rows.timesteps.equal(query.timesteps[rows.pair])
+        ordinary = rows[~within[rows.pair]]
+        assert sorted(ordinary.pair.tolist()) == (~within).nonzero().flatten().tolist()
+        assert not ordinary.from_forget.any() and not ordinary.forget_weight.any()
+        assert (ordinary.keep_weight == 1).all() and ordinary.condition.equal(ordinary.pair)
+        assert ordinary.noisy.equal(outside.noisy[ordinary.pair])
+        assert ordinary.keep_target.equal(outside.keep_target[ordinary.pair])
+        assert len(rows) == (len(method.rows(query)) // 12) * within.sum() + (~within).sum()
+    whole, plain = method.rows_within(query, (0, 1000)), method.rows(query)
+    assert whole.noisy.equal(plain.noisy) and whole.pair.equal(plain.pair)
 
 
 def test_the_problem_has_rows_of_every_kind():

@@ -80,6 +80,7 @@ def test_every_method_runs_and_saves_a_loadable_pipeline(method, base_args, tmp_
         {"--calibrate_forgetting": None},
         {"--calibrate_forgetting": "0.75", "--forget_scaling": "norm", "--forget_scale": "5"},
         {"--calibrate_forgetting": "0.75", "--method": "neggrad", "--method_args": "scale=0.1"},
+        {"--forget_timestep_range": "300 900", "--timestep_range": "100 1000", "--calibrate_forgetting": None},
         {"--mixed_precision": "bf16"},
         {"--prediction_type": "v_prediction"},
         {"--prediction_type": "sample"},
@@ -99,6 +100,18 @@ def test_variants_run(flags, base_args, tmp_path):
     assert all(np.isfinite(line["keep_loss"]) for line in log)
     assert all(("forget_active" in line) == ("--calibrate_forgetting" in flags) for line in log)
     assert (tmp_path / "out" / "logs").exists() == (flags["--report_to"] == "tensorboard")
+
+
+def test_forgetting_at_no_timestep_that_is_drawn_is_ordinary_fine_tuning(base_args, tmp_path):
+    flags = {"--forget_timestep_range": "0 1", "--output_dir": str(tmp_path / "nothing_forgotten")}
+    main(to_argv(base_args | flags))
+    main(to_argv(base_args | {"--method": "naive_deletion"}))
+    found, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("nothing_forgotten", "out"))
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+    report = json.loads((tmp_path / "nothing_forgotten" / "unlearning.json").read_text())
+    assert (report["timestep_range"], report["forget_timestep_range"]) == ([0, 1000], [0, 1])
+    assert json.loads((tmp_path / "out" / "unlearning.json").read_text())["forget_timestep_range"] == [0, 1000]
 
 
 @pytest.mark.parametrize("scaling", ["relative", "norm"])
@@ -194,6 +207,7 @@ def interrupted(base_args, tmp_path) -> dict[str, str | None]:
         ({"--forget_files": "garment_0.png digit_00.png"}, "the images to forget are others (1 then, 2 now)"),
         ({"--lr_scheduler": "cosine"}, "--lr_scheduler was constant and is cosine"),
         ({"--mixed_precision": "bf16"}, "--mixed_precision was no and is bf16"),
+        ({"--forget_timestep_range": "200 900"}, "--forget_timestep_range is another"),
         ({"--pretrained_model_name_or_path": "COPY"}, "--pretrained_model_name_or_path is another"),
         ({"--use_ema": None, "--allow_changes": None}, "--use_ema was False and is True"),
         ({"--calibrate_forgetting": None, "--allow_changes": None}, "cannot be read with"),
@@ -469,6 +483,18 @@ BAD_INPUT = {
     "more neighbours than images": ({"--method": "retrack", "--method_args": "num_neighbors=99"}, None, "num_neighb"),
     "empty timestep range": ({"--timestep_range": "5 5"}, None, "--timestep_range"),
     "timestep range too long": ({"--timestep_range": "0 1001"}, None, "--timestep_range"),
+    "empty range of forgetting": ({"--forget_timestep_range": "5 5"}, None, "--forget_timestep_range LO HI needs"),
+    "range of forgetting too long": ({"--forget_timestep_range": "0 1001"}, None, "--forget_timestep_range: HI"),
+    "range of forgetting outside": (
+        {"--forget_timestep_range": "200 900", "--timestep_range": "300 1000"},
+        None,
+        "--forget_timestep_range 200 900 must lie within --timestep_range 300 1000",
+    ),
+    "range of forgetting for one side": (
+        {"--forget_timestep_range": "200 900", "--method": "neggrad"},
+        None,
+        "--forget_timestep_range needs a keep side and a forget side, not --method neggrad",
+    ),
     "resume path that does not exist": (
         {"--resume_from_checkpoint": "checkpoint-9"},
         None,

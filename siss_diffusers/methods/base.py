@@ -45,6 +45,12 @@ class Query:
         if self.neighbors is not None:
             self.neighbors = self.neighbors.float()
 
+    def __getitem__(self, index: Tensor) -> "Query":
+        """The pairs that `index`, `(B,)` bool or numbers, selects."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
     def noisy(self, sample: Tensor) -> Tensor:
         return self.path.add_noise(sample, self.noise, self.timesteps)
 
@@ -106,13 +112,20 @@ def drop_negligible(weight: Tensor) -> Tensor:
 
 
 def stack_rows(keep: Rows, forget: Rows) -> Rows:
-    """The 2B rows of a method that noises both images: first those made from x, then those made from a."""
-    values = {"num_pairs": keep.num_pairs}
+    """Of a method that noises both images: first the rows made from x, then those made from a."""
+    return _concatenate(keep, forget, keep.num_pairs)
+
+
+def _concatenate(one: Rows, other: Rows, num_pairs: int) -> Rows:
+    values = {"num_pairs": num_pairs}
     for field in fields(Rows):
-        first, second = getattr(keep, field.name), getattr(forget, field.name)
+        first, second = getattr(one, field.name), getattr(other, field.name)
         if field.name.endswith("_target") and (first is None) != (second is None):
             # The missing half has weight zero; only its shape matters.
-            first, second = [torch.zeros_like(keep.noisy) if half is None else half for half in (first, second)]
+            first, second = [
+                torch.zeros_like(rows.noisy) if half is None else half
+                for rows, half in ((one, first), (other, second))
+            ]
         if isinstance(first, Tensor):
             values[field.name] = torch.cat([first, second])
         elif first is None:
@@ -129,6 +142,7 @@ class Method(ABC):
         takes_scaling: whether the forget gradient is subtracted by a scaling rule of the user's choice.
         subtracts_forget: whether the forget loss is ascended, and so can be calibrated.
         draws_uniform: whether the query needs `uniform`.
+        has_both_sides: whether it learns from keep images and from forget images.
     """
 
     name: ClassVar[str]
@@ -136,10 +150,28 @@ class Method(ABC):
     takes_scaling: ClassVar[bool] = False
     subtracts_forget: ClassVar[bool] = False
     draws_uniform: ClassVar[bool] = False
+    has_both_sides: ClassVar[bool] = True
 
     @abstractmethod
     def rows(self, query: Query) -> Rows:
         """The rows of the regression for a batch of pairs; nothing here depends on the network."""
+
+    def rows_within(self, query: Query, forget_timestep_range: tuple[int, int]) -> Rows:
+        """`rows` of the pairs whose timestep lies in the range, LO <= t < HI; the other pairs are those of ordinary
+        fine-tuning, one row each, made from the keep image with weight 1. So keep is learned at every timestep of the
+        query, and forget where its range says; nothing is drawn from a mixture that has one component.
+
+        Both losses stay averages over all pairs of the query.
+        """
+        low, high = forget_timestep_range
+        within = (query.timesteps >= low) & (query.timesteps < high)
+        if within.all():
+            return self.rows(query)
+        parts = []
+        for mask, make_rows in ((within, self.rows), (~within, self._keep_rows)):
+            rows = make_rows(query[mask])
+            parts.append(replace(rows, pair=mask.nonzero().flatten()[rows.pair]))
+        return _concatenate(*parts, num_pairs=len(query.keep))
 
     @abstractmethod
     def rule(self, scaling: Rule) -> Rule:

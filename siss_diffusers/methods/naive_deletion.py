@@ -10,6 +10,7 @@ class NaiveDeletion(Method):
 
     name = "naive_deletion"
     summary = "ordinary fine-tuning on the keep set"
+    has_both_sides = False
 
     def rule(self, scaling: Rule) -> Rule:
         return constant_rule(1.0, 0.0)

@@ -18,6 +18,7 @@ class NegGrad(Method):
     name = "neggrad"
     summary = "gradient ascent on the forget set"
     subtracts_forget = True
+    has_both_sides = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < math.inf:
