@@ -373,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     overrides = {} if args.prediction_type is None else {"prediction_type": args.prediction_type}
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **overrides)
     path = GaussianPath.from_scheduler(noise_scheduler)
-    timestep_range, forget_timestep_range = timestep_ranges(args, len(path))
+    timestep_range, forget_timestep_ranges, forget_span = timestep_ranges(args, len(path))
 
     # With an adapter the frozen weights can be in half precision; what is trained is always in float32.
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
@@ -508,7 +508,7 @@ def main(argv: list[str] | None = None) -> None:
             len(calibration_rows),
             path,
             predict_on_host,
-            forget_timestep_range,
+            forget_span,
             args.calibrate_forgetting,
             args.seed,
             args.eval_batch_size,
@@ -545,7 +545,7 @@ def main(argv: list[str] | None = None) -> None:
         if folder is not None:
             lora = {"rank": args.rank, "alpha": args.lora_alpha} if args.use_lora else None
             write_report(
-                folder, args, accelerator, method, counts, timestep_range, forget_timestep_range, state, lora=lora
+                folder, args, accelerator, method, counts, timestep_range, forget_timestep_ranges, state, lora=lora
             )
             write_receipt(folder / "receipt.json", forget_digests)
 
@@ -624,6 +624,7 @@ def main(argv: list[str] | None = None) -> None:
                 " or --forget_scale, use bf16 instead of fp16, or allow more by --max_skipped_steps"
             )
         window = []
+        forget_timestep_range = forget_timestep_ranges[state["window"] % len(forget_timestep_ranges)]
         for _ in range(args.gradient_accumulation_steps):
             rows = method.rows_within(Query(path=path, **next(batches)), forget_timestep_range)
             if args.snr_gamma is not None:

@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     overrides = {name: value for name, value in overrides.items() if value is not None}
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **overrides)
     path = GaussianPath.from_scheduler(noise_scheduler)
-    timestep_range, forget_timestep_range = timestep_ranges(args, len(path))
+    timestep_range, forget_timestep_ranges, forget_span = timestep_ranges(args, len(path))
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
             len(calibration_rows),
             path,
             predict_on_host,
-            forget_timestep_range,
+            forget_span,
             args.calibrate_forgetting,
             args.seed,
             args.eval_batch_size,
@@ -402,6 +402,7 @@ def main(argv: list[str] | None = None) -> None:
     while state["global_step"] < args.max_train_steps:
         step_started = time.perf_counter()
         window = []
+        forget_timestep_range = forget_timestep_ranges[state["window"] % len(forget_timestep_ranges)]
         for _ in range(args.gradient_accumulation_steps):
             rows = method.rows_within(Query(path=path, **next(batches)), forget_timestep_range)
             if path.prediction_type == "sample":
@@ -460,7 +461,7 @@ def main(argv: list[str] | None = None) -> None:
     def write_result(folder: Path | None) -> None:
         write_pipeline(folder)
         if folder is not None:
-            write_report(folder, args, accelerator, method, counts, timestep_range, forget_timestep_range, state)
+            write_report(folder, args, accelerator, method, counts, timestep_range, forget_timestep_ranges, state)
             write_receipt(folder / "receipt.json", forget_digests)
 
     save_together(accelerator, unet, output_dir, write_result, last="model_index.json")

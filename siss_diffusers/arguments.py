@@ -306,14 +306,15 @@ def add_unlearning_arguments(parser: argparse.ArgumentParser, *, calibrate_by_de
         help="Train on timesteps LO <= t < HI only; all by default.",
     )
     group.add_argument(
-        "--forget_timestep_range",
+        "--forget_timestep_ranges",
         type=natural_number,
-        nargs=2,
+        nargs="+",
         default=None,
-        metavar=("LO", "HI"),
+        metavar="LO HI",
         help=(
             "Forget at timesteps LO <= t < HI only, while the images to keep are learned at all of --timestep_range,"
-            " which is the default."
+            " which is the default. Several ranges take turns, a step each, so that the scaling rule weighs each by"
+            " itself: `300 1000 0 300`."
         ),
     )
     group.add_argument(
@@ -357,6 +358,31 @@ def add_forget_set_arguments(group: argparse._ActionsContainer) -> None:
     )
 
 
+def check_forget_timestep_ranges(args: argparse.Namespace, method: Method) -> None:
+    """Turns the numbers of --forget_timestep_ranges into pairs `(lo, hi)`."""
+    if not method.has_both_sides:
+        fitting = ", ".join(name for name, known in METHODS.items() if known.has_both_sides)
+        raise UsageError(
+            f"--forget_timestep_ranges needs a keep side and a forget side, not --method {method.name}; use"
+            f" --timestep_range, or {fitting}"
+        )
+    numbers = args.forget_timestep_ranges
+    if len(numbers) % 2 == 1:
+        raise UsageError(f"--forget_timestep_ranges takes LO HI for each range, an even number, not {len(numbers)}")
+    args.forget_timestep_ranges = list(zip(numbers[::2], numbers[1::2]))
+    for low, high in args.forget_timestep_ranges:
+        if low >= high:
+            raise UsageError(f"--forget_timestep_ranges {low} {high}: LO must be below HI")
+        if args.timestep_range is not None and (low < args.timestep_range[0] or high > args.timestep_range[1]):
+            outer = "{} {}".format(*args.timestep_range)
+            raise UsageError(f"--forget_timestep_ranges {low} {high} must lie within --timestep_range {outer}")
+    if len(numbers) > 2 and args.forget_scale_every > 1:
+        raise UsageError(
+            "--forget_scale_every needs a single range in --forget_timestep_ranges, for each has a scale of its own;"
+            " drop one of the two flags"
+        )
+
+
 def check_unlearning_arguments(args: argparse.Namespace, *, calibrate_by_default: bool) -> tuple[Method, Rule]:
     """The method and the rule that the arguments mean; fills in the defaults of the scaling rule and of calibration.
 
@@ -393,22 +419,10 @@ def check_unlearning_arguments(args: argparse.Namespace, *, calibrate_by_default
             f"--calibrate_forgetting needs a subtracted forget side, not --method {method.name}; use {fitting}"
         )
     check_forget_set_arguments(args)
-    if args.forget_timestep_range is not None and not method.has_both_sides:
-        fitting = ", ".join(name for name, known in METHODS.items() if known.has_both_sides)
-        raise UsageError(
-            f"--forget_timestep_range needs a keep side and a forget side, not --method {method.name}; use"
-            f" --timestep_range, or {fitting}"
-        )
-    for flag in ("timestep_range", "forget_timestep_range"):
-        given = getattr(args, flag)
-        if given is not None and given[0] >= given[1]:
-            raise UsageError(f"--{flag} LO HI needs LO below HI")
-    if args.timestep_range is not None and args.forget_timestep_range is not None:
-        (low, high), (forget_low, forget_high) = args.timestep_range, args.forget_timestep_range
-        if forget_low < low or forget_high > high:
-            raise UsageError(
-                f"--forget_timestep_range {forget_low} {forget_high} must lie within --timestep_range {low} {high}"
-            )
+    if args.timestep_range is not None and args.timestep_range[0] >= args.timestep_range[1]:
+        raise UsageError("--timestep_range LO HI needs LO below HI")
+    if args.forget_timestep_ranges is not None:
+        check_forget_timestep_ranges(args, method)
     if args.stop_when_forgotten and args.validation_steps is None:
         raise UsageError("--stop_when_forgotten needs --validation_steps, which says how often to look")
     return method, method.rule(scaling)

@@ -506,9 +506,10 @@ def hyperparameters(report: dict) -> str:
     rows += [
         (name.replace("_", " "), settings[name]) for name in ("learning_rate", "lr_scheduler") if name in settings
     ]
-    ranges = [report["timestep_range"], report.get("forget_timestep_range", report["timestep_range"])]
+    forget_ranges = report.get("forget_timestep_ranges", [report["timestep_range"]])
     rows += [
-        (name, "{} to {}".format(*found)) for name, found in zip(("timesteps", "timesteps of forgetting"), ranges)
+        (name, ", ".join("{} to {}".format(*found) for found in ranges))
+        for name, ranges in (("timesteps", [report["timestep_range"]]), ("timesteps of forgetting", forget_ranges))
     ]
     rows += [("precision", settings.get("mixed_precision", "no")), ("seed", settings.get("seed"))]
     rows += [("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))]

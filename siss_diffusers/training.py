@@ -92,19 +92,27 @@ FIXED_ARGUMENTS = {
 }
 
 
-def timestep_ranges(args: argparse.Namespace, num_timesteps: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """--timestep_range and --forget_timestep_range of a model, with the defaults filled in.
+def timestep_ranges(
+    args: argparse.Namespace, num_timesteps: int
+) -> tuple[tuple[int, int], list[tuple[int, int]], tuple[int, int]]:
+    """--timestep_range and --forget_timestep_ranges of a model, with the defaults filled in.
+
+    Returns:
+        `(lo, hi)` of training, those of forgetting, and the `(lo, hi)` that all of the latter lie in.
 
     Raises:
         UsageError: for one that goes beyond the model's timesteps.
     """
-    found = []
-    for flag, default in (("timestep_range", (0, num_timesteps)), ("forget_timestep_range", args.timestep_range)):
-        low, high = getattr(args, flag) or default or (0, num_timesteps)
-        if high > num_timesteps:
+    timestep_range = tuple(args.timestep_range or (0, num_timesteps))
+    forget_ranges = args.forget_timestep_ranges or [timestep_range]
+    for flag, ranges in (("timestep_range", [timestep_range]), ("forget_timestep_ranges", forget_ranges)):
+        if max(high for _, high in ranges) > num_timesteps:
             raise UsageError(f"--{flag}: HI must not exceed the model's {num_timesteps} timesteps")
-        found.append((low, high))
-    return tuple(found)
+    return (
+        timestep_range,
+        forget_ranges,
+        (min(low for low, _ in forget_ranges), max(high for _, high in forget_ranges)),
+    )
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -740,7 +748,7 @@ def write_report(
     method: Method,
     counts: dict[str, int],
     timestep_range: tuple[int, int],
-    forget_timestep_range: tuple[int, int],
+    forget_timestep_ranges: list[tuple[int, int]],
     state: dict[str, int | float],
     **more: object,
 ) -> None:
@@ -764,7 +772,7 @@ def write_report(
             "data": counts,
             "settings": shared_settings(args),
             "timestep_range": timestep_range,
-            "forget_timestep_range": forget_timestep_range,
+            "forget_timestep_ranges": forget_timestep_ranges,
             "num_processes": accelerator.num_processes,
             "pairs_per_step": args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps,
             **{name: value for name, value in state.items() if name not in ("skipped_in_a_row", "forget_scale")},

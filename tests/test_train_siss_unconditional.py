@@ -80,7 +80,8 @@ def test_every_method_runs_and_saves_a_loadable_pipeline(method, base_args, tmp_
         {"--calibrate_forgetting": None},
         {"--calibrate_forgetting": "0.75", "--forget_scaling": "norm", "--forget_scale": "5"},
         {"--calibrate_forgetting": "0.75", "--method": "neggrad", "--method_args": "scale=0.1"},
-        {"--forget_timestep_range": "300 900", "--timestep_range": "100 1000", "--calibrate_forgetting": None},
+        {"--forget_timestep_ranges": "300 900", "--timestep_range": "100 1000", "--calibrate_forgetting": None},
+        {"--forget_timestep_ranges": "300 900 100 200", "--calibrate_forgetting": None},
         {"--mixed_precision": "bf16"},
         {"--prediction_type": "v_prediction"},
         {"--prediction_type": "sample"},
@@ -103,15 +104,31 @@ def test_variants_run(flags, base_args, tmp_path):
 
 
 def test_forgetting_at_no_timestep_that_is_drawn_is_ordinary_fine_tuning(base_args, tmp_path):
-    flags = {"--forget_timestep_range": "0 1", "--output_dir": str(tmp_path / "nothing_forgotten")}
+    flags = {"--forget_timestep_ranges": "0 1", "--output_dir": str(tmp_path / "nothing_forgotten")}
     main(to_argv(base_args | flags))
     main(to_argv(base_args | {"--method": "naive_deletion"}))
     found, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("nothing_forgotten", "out"))
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
     report = json.loads((tmp_path / "nothing_forgotten" / "unlearning.json").read_text())
-    assert (report["timestep_range"], report["forget_timestep_range"]) == ([0, 1000], [0, 1])
-    assert json.loads((tmp_path / "out" / "unlearning.json").read_text())["forget_timestep_range"] == [0, 1000]
+    assert (report["timestep_range"], report["forget_timestep_ranges"]) == ([0, 1000], [[0, 1]])
+    assert json.loads((tmp_path / "out" / "unlearning.json").read_text())["forget_timestep_ranges"] == [[0, 1000]]
+
+
+def test_ranges_of_forgetting_take_turns(base_args, tmp_path):
+    """A step of a range is that of a run which has this range alone."""
+
+    def logged(ranges: str, steps: int) -> list[dict]:
+        # At rate 0 the weights stay, so that steps of different runs can be compared.
+        flags = {"--forget_timestep_ranges": ranges, "--learning_rate": "0", "--max_train_steps": str(steps)}
+        main(to_argv(base_args | flags | {"--output_dir": str(tmp_path / ranges.replace(" ", "_"))}))
+        return read_log(tmp_path / ranges.replace(" ", "_"))
+
+    alternating, first, second = (logged(ranges, 5) for ranges in ("500 1000 0 500", "500 1000", "0 500"))
+    for step, line in enumerate(alternating):
+        for key in ("keep_loss", "forget_loss", "grad_norm_forget", "forget_scale"):
+            assert line[key] == pytest.approx((second if step % 2 else first)[step][key])
+            assert line[key] != pytest.approx((first if step % 2 else second)[step][key])
 
 
 @pytest.mark.parametrize("scaling", ["relative", "norm"])
@@ -168,8 +185,9 @@ def test_8bit_adam(base_args, tmp_path):
         {"--use_ema": None, "--lr_scheduler": "cosine", "--calibrate_forgetting": None},
         {"--forget_scaling": "norm", "--forget_scale": "5", "--gradient_accumulation_steps": "2"},
         {"--forget_scale_every": "3", "--calibrate_forgetting": None},
+        {"--forget_timestep_ranges": "600 1000 200 600 0 200"},
     ],
-    ids=["ema-cosine-calibrated", "norm-accumulated", "lagged"],
+    ids=["ema-cosine-calibrated", "norm-accumulated", "lagged", "ranges"],
 )
 def test_resume_is_the_uninterrupted_run_bit_for_bit(flags, base_args, tmp_path):
     flags = base_args | {"--max_train_steps": "4", "--checkpointing_steps": "2"} | flags
@@ -207,7 +225,7 @@ def interrupted(base_args, tmp_path) -> dict[str, str | None]:
         ({"--forget_files": "garment_0.png digit_00.png"}, "the images to forget are others (1 then, 2 now)"),
         ({"--lr_scheduler": "cosine"}, "--lr_scheduler was constant and is cosine"),
         ({"--mixed_precision": "bf16"}, "--mixed_precision was no and is bf16"),
-        ({"--forget_timestep_range": "200 900"}, "--forget_timestep_range is another"),
+        ({"--forget_timestep_ranges": "200 900"}, "--forget_timestep_ranges is another"),
         ({"--pretrained_model_name_or_path": "COPY"}, "--pretrained_model_name_or_path is another"),
         ({"--use_ema": None, "--allow_changes": None}, "--use_ema was False and is True"),
         ({"--calibrate_forgetting": None, "--allow_changes": None}, "cannot be read with"),
@@ -483,17 +501,27 @@ BAD_INPUT = {
     "more neighbours than images": ({"--method": "retrack", "--method_args": "num_neighbors=99"}, None, "num_neighb"),
     "empty timestep range": ({"--timestep_range": "5 5"}, None, "--timestep_range"),
     "timestep range too long": ({"--timestep_range": "0 1001"}, None, "--timestep_range"),
-    "empty range of forgetting": ({"--forget_timestep_range": "5 5"}, None, "--forget_timestep_range LO HI needs"),
-    "range of forgetting too long": ({"--forget_timestep_range": "0 1001"}, None, "--forget_timestep_range: HI"),
-    "range of forgetting outside": (
-        {"--forget_timestep_range": "200 900", "--timestep_range": "300 1000"},
+    "empty range of forgetting": (
+        {"--forget_timestep_ranges": "300 900 5 5"},
         None,
-        "--forget_timestep_range 200 900 must lie within --timestep_range 300 1000",
+        "--forget_timestep_ranges 5 5: LO must be below HI",
+    ),
+    "half a range of forgetting": ({"--forget_timestep_ranges": "300 900 5"}, None, "an even number, not 3"),
+    "range of forgetting too long": ({"--forget_timestep_ranges": "0 1001 0 9"}, None, "--forget_timestep_ranges: HI"),
+    "range of forgetting outside": (
+        {"--forget_timestep_ranges": "300 500 200 900", "--timestep_range": "300 1000"},
+        None,
+        "--forget_timestep_ranges 200 900 must lie within --timestep_range 300 1000",
+    ),
+    "a lagged scale of two ranges of forgetting": (
+        {"--forget_timestep_ranges": "300 1000 0 300", "--forget_scale_every": "2"},
+        None,
+        "--forget_scale_every needs a single range",
     ),
     "range of forgetting for one side": (
-        {"--forget_timestep_range": "200 900", "--method": "neggrad"},
+        {"--forget_timestep_ranges": "200 900", "--method": "neggrad"},
         None,
-        "--forget_timestep_range needs a keep side and a forget side, not --method neggrad",
+        "--forget_timestep_ranges needs a keep side and a forget side, not --method neggrad",
     ),
     "resume path that does not exist": (
         {"--resume_from_checkpoint": "checkpoint-9"},

@@ -41,7 +41,7 @@ from problem import (
     read_npz,
     train_classifier,
 )
-from settings import ABLATIONS, FOUR_TIMES, SWEEP, TEN_TIMES, TWO_ROWS, Setting, changed, describe
+from settings import ABLATION, FOUR_TIMES, SWEEP, TEN_TIMES, TWO_ROWS, Setting, changed, describe, forget_ranges
 from step_cost import FREE_AT_ONCE, measure_peak
 from torchvision.io import write_png
 
@@ -177,7 +177,12 @@ def count_steps(flags: Setting, evaluations: int, pairs: int) -> int:
     """How many steps the budget pays for, the thresholds of calibrated forgetting included."""
     if "--calibrate_forgetting" in flags:
         evaluations -= NUM_BINS * DRAWS_PER_BIN
-    rows = int(flags.get("--train_batch_size", pairs)) * (2 if flags["--method"] in TWO_ROWS else 1)
+    rows = float(flags.get("--train_batch_size", pairs))
+    if flags["--method"] in TWO_ROWS:
+        # Outside of the range of forgetting a pair is one row.
+        low, high = map(int, flags["--timestep_range"].split())
+        ranges = forget_ranges(flags)
+        rows *= 1 + sum(to - start for start, to in ranges) / len(ranges) / (high - low)
     if flags["--method"] == "siss" and flags.get("--forget_scaling") == "norm":
         rows *= FORGET_FIRST
     return max(int(evaluations / rows), 1)
@@ -282,15 +287,12 @@ class Experiment:
                 for variant, flags in chosen.items()
             ]
         if stage == "ablation":
-            changes = [
-                (variant, flags, name, changed(flags, change))
-                for variant, flags in chosen.items()
-                for name, change in ABLATIONS.get(variant, {}).items()
-            ]
+            flags = chosen["siss"] if "siss" in chosen else {}
+            changes = {name: changed(flags, change) for name, change in ABLATION.items() if flags}
             return [
-                self.unlearning("ablation", f"{variant}: {name}", new, seed, args.num_ablation_samples)
+                self.unlearning("ablation", f"siss: {name}", new, seed, args.num_ablation_samples)
                 for seed in args.ablation_seeds
-                for variant, flags, name, new in changes
+                for name, new in changes.items()
                 if new != flags or name == "as chosen"
             ]
         if stage == "ten_times":

@@ -1,13 +1,15 @@
 """What is compared: the flags of `train_siss_unconditional.py` for every method, those published and a sweep.
 
-A setting is a dictionary of flags. Every variant has ten: the published one first, then its own knobs. They share
+A setting is a dictionary of flags. Every variant has thirteen: the published one first, then its own knobs. They share
 one budget, of rows that the network runs on, so a method that noises both images takes half of the steps.
 """
 
 Setting = dict[str, str]
 
 ALL, MOST, HIGH = "0 1000", "200 1000", "300 1000"
-SWEEP_SIZE = 10
+SWEEP_SIZE = 13
+# Ranges of the forget side alone: at high noise; and low noise, too, in turns.
+FORGET_HIGH, IN_TURNS = "300 1000", "300 1000 0 300"
 
 
 def setting(method: str, rate: float, timesteps: str = ALL, **flags: str | float) -> Setting:
@@ -37,24 +39,33 @@ def subtracting(method: str) -> list[Setting]:
         relative(method, 1e-4, 0.3, HIGH),
         relative(method, 2e-4, 0.1),
         setting(method, 1e-4, forget_scaling="nash"),
+        relative(method, 5e-5, 0.2, forget_timestep_ranges=FORGET_HIGH),
+        relative(method, 1e-4, 0.2, forget_timestep_ranges=IN_TURNS),
+        relative(method, 1e-4, 0.3, forget_timestep_ranges=IN_TURNS),
     ]
 
 
 def calibrated(method: str) -> list[Setting]:
     return [
-        relative(method, rate, rho, timesteps, calibrate_forgetting=quantile)
-        for rate, rho, timesteps, quantile in (
-            (5e-5, 1, ALL, 0.9),
-            (1e-4, 1, ALL, 0.5),
-            (1e-4, 1, ALL, 0.75),
-            (1e-4, 1, ALL, 0.9),
-            (1e-4, 1, ALL, 1),
-            (1e-4, 1, HIGH, 0.9),
-            (1e-4, 1, HIGH, 1),
-            (1e-4, 0.3, ALL, 1),
-            (2e-4, 1, ALL, 0.5),
-            (2e-4, 1, ALL, 1),
-        )
+        *(
+            relative(method, rate, rho, timesteps, calibrate_forgetting=quantile)
+            for rate, rho, timesteps, quantile in (
+                (5e-5, 1, ALL, 0.9),
+                (1e-4, 1, ALL, 0.5),
+                (1e-4, 1, ALL, 0.75),
+                (1e-4, 1, ALL, 0.9),
+                (1e-4, 1, ALL, 1),
+                (1e-4, 1, HIGH, 0.9),
+                (1e-4, 1, HIGH, 1),
+                (1e-4, 0.3, ALL, 1),
+                (2e-4, 1, ALL, 0.5),
+                (2e-4, 1, ALL, 1),
+            )
+        ),
+        *(
+            relative(method, rate, rho, calibrate_forgetting=quantile, forget_timestep_ranges=IN_TURNS)
+            for rate, rho, quantile in ((1e-4, 1, 0.9), (1e-4, 1, 1), (1e-4, 0.3, 1))
+        ),
     ]
 
 
@@ -62,30 +73,37 @@ SWEEP: dict[str, list[Setting]] = {
     "naive_deletion": [
         *(setting("naive_deletion", rate) for rate in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
         *(setting("naive_deletion", rate, MOST) for rate in (2e-4, 4e-4)),
-        *(setting("naive_deletion", rate, HIGH) for rate in (1e-4, 2e-4, 4e-4)),
+        *(setting("naive_deletion", rate, HIGH) for rate in (1e-4, 2e-4, 4e-4, 8e-4)),
+        *(setting("naive_deletion", rate, "500 1000") for rate in (2e-4, 4e-4)),
     ],
     # Its factor s does not matter under a clipped gradient and Adam; the paper's 0.01 is kept.
     "neggrad": [
         *(setting("neggrad", rate, method_args="scale=0.01") for rate in (5e-5, 2e-5, 1e-5, 5e-6, 2e-6, 1e-6, 5e-7)),
-        *(setting("neggrad", rate, HIGH, method_args="scale=0.01") for rate in (2e-5, 1e-5, 5e-6)),
+        *(setting("neggrad", rate, HIGH, method_args="scale=0.01") for rate in (2e-5, 1e-5, 5e-6, 2e-6, 1e-6, 5e-7)),
     ],
     "siss": subtracting("siss"),
     "siss_no_is": subtracting("siss_no_is"),
     "subscore_bernoulli": subtracting("subscore_bernoulli"),
     "erasediff": [
-        setting("erasediff", rate, timesteps, method_args=f"eta={eta:g}")
-        for rate, eta, timesteps in (
-            (5e-5, 1e-3, ALL),
-            (2e-5, 1e-3, ALL),
-            (5e-5, 1e-4, ALL),
-            (1e-4, 1e-3, ALL),
-            (2e-4, 1e-3, ALL),
-            (1e-4, 1e-2, ALL),
-            (1e-4, 1e-1, ALL),
-            (2e-4, 1e-1, ALL),
-            (1e-4, 1e-2, HIGH),
-            (2e-4, 1e-2, HIGH),
-        )
+        *(
+            setting("erasediff", rate, timesteps, method_args=f"eta={eta:g}")
+            for rate, eta, timesteps in (
+                (5e-5, 1e-3, ALL),
+                (2e-5, 1e-3, ALL),
+                (5e-5, 1e-4, ALL),
+                (1e-4, 1e-3, ALL),
+                (2e-4, 1e-3, ALL),
+                (1e-4, 1e-2, ALL),
+                (1e-4, 1e-1, ALL),
+                (2e-4, 1e-1, ALL),
+                (1e-4, 1e-2, HIGH),
+                (2e-4, 1e-2, HIGH),
+            )
+        ),
+        *(
+            setting("erasediff", rate, method_args=f"eta={eta:g}", forget_timestep_ranges=FORGET_HIGH)
+            for rate, eta in ((5e-5, 1e-3), (1e-4, 1e-3), (5e-5, 1e-2))
+        ),
     ],
     "retrack": [
         # Published with 128 pairs a step.
@@ -102,8 +120,11 @@ SWEEP: dict[str, list[Setting]] = {
                 (1e-4, 0.5, ALL),
                 (2e-4, 0.5, ALL),
                 (2e-4, 0.5, HIGH),
+                (5e-5, 0.02, ALL),
+                (1e-4, 0.02, ALL),
             )
         ),
+        setting("retrack", 1e-4, method_args="lam=0.01 num_neighbors=10", forget_timestep_ranges=FORGET_HIGH),
     ],
     "siss, calibrated": calibrated("siss"),
     "siss_no_is, calibrated": calibrated("siss_no_is"),
@@ -121,12 +142,20 @@ SWEEP: dict[str, list[Setting]] = {
             (2e-5, ALL, 1),
             (1e-5, HIGH, 0.9),
             (2e-5, HIGH, 1),
+            (2e-6, HIGH, 0.9),
+            (2e-6, HIGH, 1),
+            (1e-6, HIGH, 1),
         )
     ],
 }
 
 # Two calls of the network for a pair: both images are noised.
 TWO_ROWS = ("siss_no_is", "erasediff", "retrack")
+
+
+def forget_ranges(flags: Setting) -> list[tuple[int, int]]:
+    numbers = list(map(int, flags.get("--forget_timestep_ranges", flags["--timestep_range"]).split()))
+    return list(zip(numbers[::2], numbers[1::2]))
 
 
 def describe(flags: Setting) -> str:
@@ -141,6 +170,11 @@ def describe(flags: Setting) -> str:
         words.append(f"batch {flags['--train_batch_size']}")
     if flags["--timestep_range"] != ALL:
         words.append(f"t >= {flags['--timestep_range'].split()[0]}")
+    if "--forget_timestep_ranges" in flags:
+        turns = [f"{low}-{high}" for low, high in forget_ranges(flags)]
+        words.append(f"forget {' / '.join(turns)}")
+    if "--lr_scheduler" in flags:
+        words.append(flags["--lr_scheduler"])
     if "--use_ema" in flags:
         words.append("EMA")
     if flags["--method"] == "siss_independent":
@@ -156,26 +190,27 @@ FOUR_TIMES: dict[str, list[Setting]] = {
     "siss_no_is": [relative("siss_no_is", 5e-5, 0.1)],
 }
 
-# One change at a time to the chosen settings of these; None takes a flag away.
+# One change at a time to SISS at its chosen setting; None takes a flag away.
 Change = dict[str, str | None]
-CHANGES: dict[str, Change] = {
+ABLATION: dict[str, Change] = {
     "as chosen": {},
+    "forgets at all timesteps at once": {"--forget_timestep_ranges": None},
+    "forgets at t >= 300 alone": {"--forget_timestep_ranges": FORGET_HIGH},
+    "both sides at t >= 300 alone": {"--forget_timestep_ranges": None, "--timestep_range": HIGH},
+    "turns meet at 150": {"--forget_timestep_ranges": "150 1000 0 150"},
+    "turns meet at 500": {"--forget_timestep_ranges": "500 1000 0 500"},
+    "calibrated": {"--calibrate_forgetting": "0.9", "--forget_scale": "1"},
     "not stratified": {"--method": "siss_independent"},
     "EMA": {"--use_ema": ""},
-    "all timesteps": {"--timestep_range": ALL},
-    "t >= 200": {"--timestep_range": MOST},
-    "t >= 300": {"--timestep_range": HIGH},
-    "t >= 500": {"--timestep_range": "500 1000"},
+    "cosine": {"--lr_scheduler": "cosine"},
     "norm": {"--forget_scaling": "norm", "--forget_scale": "5"},
     "fixed": {"--forget_scaling": "fixed", "--forget_scale": "0.1"},
     "nash": {"--forget_scaling": "nash", "--forget_scale": None},
     "lambda 0.25": {"--method_args": "lam=0.25"},
     "lambda 0.75": {"--method_args": "lam=0.75"},
 }
-ABLATIONS: dict[str, dict[str, Change]] = {"siss": CHANGES, "siss, calibrated": CHANGES}
-# Subtracting methods, trained ten times as long.
-SUBTRACTING = ("siss", "siss_no_is", "subscore_bernoulli", "neggrad")
-TEN_TIMES = [variant for variant in SWEEP if variant.split(",")[0] in SUBTRACTING]
+# Trained ten times as long: those that subtract, and the rival.
+TEN_TIMES = ("siss", "siss, calibrated", "siss_no_is", "siss_no_is, calibrated", "retrack")
 
 
 def changed(flags: Setting, change: Change) -> Setting:
