@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from run import chosen_setting, forgotten
-from settings import SWEEP, describe
+from settings import LONGER, SWEEP, describe
 
 from siss_diffusers.metrics.copies import wilson_interval
 
@@ -235,9 +236,7 @@ def replace(text: str, name: str, content: str) -> str:
 TABLES: dict[str, Callable[[dict[str, Line]], str]] = {
     "main": main_table,
     "cost": cost_table,
-    "four_times": lambda lines: grouped_table(lines, "four_times"),
-    "ablation": lambda lines: grouped_table(lines, "ablation"),
-    "ten_times": lambda lines: grouped_table(lines, "ten_times"),
+    **{stage: partial(grouped_table, stage=stage) for stage in (*LONGER, "ablation", "ten_times")},
     "sweep": sweep_table,
 }
 

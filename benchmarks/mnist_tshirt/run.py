@@ -41,7 +41,7 @@ from problem import (
     read_npz,
     train_classifier,
 )
-from settings import ABLATION, FOUR_TIMES, SWEEP, TEN_TIMES, TWO_ROWS, Setting, changed, describe, forget_ranges
+from settings import ABLATION, LONGER, SWEEP, TEN_TIMES, TWO_ROWS, Setting, changed, describe, forget_ranges
 from step_cost import FREE_AT_ONCE, measure_peak
 from torchvision.io import write_png
 
@@ -55,7 +55,7 @@ from siss_diffusers.methods import SISS
 from siss_diffusers.metrics.copies import frame_copies
 
 
-STAGES = ("base", "sweep", "final", "retrained", "ablation", "four_times", "ten_times", "cost")
+STAGES = ("base", "sweep", "final", "retrained", *LONGER, "ablation", "ten_times", "cost")
 SWEEP_SEED = 100  # not one of those that the chosen settings are judged by
 PICTURES = 160
 # Under the rule `norm` rows that serve both sides run twice, and on these pictures about half of SISS's rows do.
@@ -271,10 +271,11 @@ class Experiment:
                 for variant in args.variants
                 for flags in SWEEP[variant]
             ]
-        if stage == "four_times":
+        if stage in LONGER:
+            factor, longer = LONGER[stage]
             return [
-                self.unlearning(stage, variant, flags, seed, args.num_samples, 4 * args.evaluations)
-                for variant, settings in FOUR_TIMES.items()
+                self.unlearning(stage, variant, flags, seed, args.num_samples, factor * args.evaluations)
+                for variant, settings in longer.items()
                 if variant in args.variants
                 for seed in args.seeds
                 for flags in settings

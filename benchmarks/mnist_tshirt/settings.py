@@ -182,12 +182,24 @@ def describe(flags: Setting) -> str:
     return ", ".join(words)
 
 
-# Gentler settings with four times the budget.
-FOUR_TIMES: dict[str, list[Setting]] = {
-    "siss": [relative("siss", 5e-5, 0.1)],
-    "retrack": [setting("retrack", 1e-4, method_args="lam=0.01 num_neighbors=10")],
-    "naive_deletion": [setting("naive_deletion", 5e-5)],
-    "siss_no_is": [relative("siss_no_is", 5e-5, 0.1)],
+# With a larger budget: how many times as large, and the settings. What the sweep led to, and gentler ones.
+LONGER: dict[str, tuple[int, dict[str, list[Setting]]]] = {
+    "twice": (
+        2,
+        {
+            "siss": [relative("siss", 1e-4, rho, forget_timestep_ranges=IN_TURNS) for rho in (0.2, 0.3)],
+            "retrack": [setting("retrack", 1e-4, method_args="lam=0.01 num_neighbors=10")],
+            "siss_no_is": [relative("siss_no_is", 1e-4, 0.2, forget_timestep_ranges=IN_TURNS)],
+            "subscore_bernoulli": [relative("subscore_bernoulli", 1e-4, 0.2, forget_timestep_ranges=IN_TURNS)],
+            "naive_deletion": [setting("naive_deletion", 5e-5)],
+            "erasediff": [setting("erasediff", 5e-5, method_args="eta=0.0001")],
+            "neggrad": [setting("neggrad", 5e-7, method_args="scale=0.01")],
+        },
+    ),
+    "four_times": (
+        4,
+        {"siss": [relative("siss", 5e-5, 0.1), relative("siss", 5e-5, 0.2, forget_timestep_ranges=IN_TURNS)]},
+    ),
 }
 
 # One change at a time to SISS at its chosen setting; None takes a flag away.
