@@ -136,11 +136,15 @@ def sweep_table(lines: dict[str, Line]) -> str:
     return table(["", "setting", "copies, %", *(label for *_, label in COLUMNS), "forgotten"], rows)
 
 
-def grouped_table(lines: dict[str, Line], stage: str) -> str:
-    """One row for each variant and setting of a stage, over its seeds."""
-    groups: dict[tuple, list[Line]] = {}
+def groups(lines: dict[str, Line], stage: str) -> dict[tuple[str, str], list[Line]]:
+    """The seeds of each variant and setting of a stage."""
+    found: dict[tuple[str, str], list[Line]] = {}
     for line in of_stage(lines, stage):
-        groups.setdefault((line["variant"], line["setting"]), []).append(line)
+        found.setdefault((line["variant"], line["setting"]), []).append(line)
+    return found
+
+
+def grouped_table(lines: dict[str, Line], stage: str) -> str:
     return table(
         ["", "setting", "seeds", "copies, %", *(label for *_, label in COLUMNS), "active share"],
         (
@@ -149,7 +153,7 @@ def grouped_table(lines: dict[str, Line], stage: str) -> str:
                 *(spread(found, *column[:3]) for column in COLUMNS),
                 spread(found, "forget_active", 1, 2),
             ]
-            for (variant, setting), found in groups.items()
+            for (variant, setting), found in groups(lines, stage).items()
         ),
     )
 
@@ -186,6 +190,9 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
                 fill = "white" if calibrated else color
                 style = {"color": color, "fmt": "s" if calibrated else "o", "markerfacecolor": fill, "label": name}
             error_bars(axis, found, x, y, factor, zorder=3, **style)
+        for (variant, setting), found in groups(lines, "twice").items():
+            label = f"{variant}, twice: {setting.split(', forget')[0]}"
+            error_bars(axis, found, x, y, factor, zorder=3, color=COLORS[variant.split(",")[0]], fmt="D", label=label)
         if factor == 100:
             axis.set_xscale("symlog", linthresh=0.1)
             axis.set_xlim(left=-0.01)
@@ -211,13 +218,11 @@ def plot_calibration(path: Path, lines: dict[str, Line]) -> None:
     figure, axes = plt.subplots(1, len(methods), figsize=(4 * len(methods), 4.2), sharey=True, layout="constrained")
     retrained = values(of_stage(lines, "retrained"), "fid")
     for axis, method in zip(axes, methods):
-        shown = []
         for variant, marker in ((method, "o"), (f"{method}, calibrated", "s")):
             swept = [line for line in of_stage(lines, "sweep", variant) if line["fid"] is not None]
             label = "calibrated" if "calibrated" in variant else "not calibrated"
             x = values(swept, "injected_copy_share", 100)
             axis.plot(x, values(swept, "fid"), marker, alpha=0.7, label=label)
-            shown += values(swept, "fid")
         if retrained:
             axis.axhspan(min(retrained), max(retrained), color="black", alpha=0.15, label="retrained, its seeds")
         axis.set_xscale("symlog", linthresh=0.4)

@@ -187,13 +187,13 @@ LONGER: dict[str, tuple[int, dict[str, list[Setting]]]] = {
     "twice": (
         2,
         {
-            "siss": [relative("siss", 1e-4, rho, forget_timestep_ranges=IN_TURNS) for rho in (0.2, 0.3)],
+            "siss": [
+                relative("siss", 5e-5, 0.2, forget_timestep_ranges=FORGET_HIGH),
+                relative("siss", 1e-4, 0.2, forget_timestep_ranges=IN_TURNS),
+            ],
             "retrack": [setting("retrack", 1e-4, method_args="lam=0.01 num_neighbors=10")],
-            "siss_no_is": [relative("siss_no_is", 1e-4, 0.2, forget_timestep_ranges=IN_TURNS)],
-            "subscore_bernoulli": [relative("subscore_bernoulli", 1e-4, 0.2, forget_timestep_ranges=IN_TURNS)],
-            "naive_deletion": [setting("naive_deletion", 5e-5)],
-            "erasediff": [setting("erasediff", 5e-5, method_args="eta=0.0001")],
-            "neggrad": [setting("neggrad", 5e-7, method_args="scale=0.01")],
+            "siss_no_is": [relative("siss_no_is", 5e-5, 0.2, forget_timestep_ranges=FORGET_HIGH)],
+            "subscore_bernoulli": [relative("subscore_bernoulli", 5e-5, 0.2, forget_timestep_ranges=FORGET_HIGH)],
         },
     ),
     "four_times": (
