@@ -314,7 +314,7 @@ def add_unlearning_arguments(parser: argparse.ArgumentParser, *, calibrate_by_de
         help=(
             "Forget at timesteps LO <= t < HI only, while the images to keep are learned at all of --timestep_range,"
             " which is the default. Several ranges take turns, a step each, so that the scaling rule weighs each by"
-            " itself: `300 1000 0 300`."
+            " itself: 300 1000 0 100."
         ),
     )
     group.add_argument(

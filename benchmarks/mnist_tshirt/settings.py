@@ -9,7 +9,7 @@ Setting = dict[str, str]
 ALL, MOST, HIGH = "0 1000", "200 1000", "300 1000"
 SWEEP_SIZE = 13
 # Ranges of the forget side alone: at high noise; and low noise, too, in turns.
-FORGET_HIGH, IN_TURNS = "300 1000", "300 1000 0 300"
+FORGET_HIGH, IN_TURNS, WITH_LOWEST = "300 1000", "300 1000 0 300", "300 1000 0 100"
 
 
 def setting(method: str, rate: float, timesteps: str = ALL, **flags: str | float) -> Setting:
@@ -189,16 +189,14 @@ LONGER: dict[str, tuple[int, dict[str, list[Setting]]]] = {
         {
             "siss": [
                 relative("siss", 5e-5, 0.2, forget_timestep_ranges=FORGET_HIGH),
-                relative("siss", 1e-4, 0.2, forget_timestep_ranges=IN_TURNS),
+                relative("siss", 5e-5, 0.2, forget_timestep_ranges=WITH_LOWEST),
             ],
             "retrack": [setting("retrack", 1e-4, method_args="lam=0.01 num_neighbors=10")],
-            "siss_no_is": [relative("siss_no_is", 5e-5, 0.2, forget_timestep_ranges=FORGET_HIGH)],
-            "subscore_bernoulli": [relative("subscore_bernoulli", 5e-5, 0.2, forget_timestep_ranges=FORGET_HIGH)],
         },
     ),
     "four_times": (
         4,
-        {"siss": [relative("siss", 5e-5, 0.1), relative("siss", 5e-5, 0.2, forget_timestep_ranges=IN_TURNS)]},
+        {"siss": [relative("siss", 5e-5, 0.1)]},
     ),
 }
 
@@ -207,11 +205,11 @@ Change = dict[str, str | None]
 ABLATION: dict[str, Change] = {
     "as chosen": {},
     "forgets at all timesteps at once": {"--forget_timestep_ranges": None},
-    "forgets at t >= 300 alone": {"--forget_timestep_ranges": FORGET_HIGH},
+    "forgets at t >= 300 alone": {"--timestep_range": ALL, "--forget_timestep_ranges": FORGET_HIGH},
     "both sides at t >= 300 alone": {"--forget_timestep_ranges": None, "--timestep_range": HIGH},
-    "turns meet at 150": {"--forget_timestep_ranges": "150 1000 0 150"},
-    "turns meet at 500": {"--forget_timestep_ranges": "500 1000 0 500"},
-    "calibrated": {"--calibrate_forgetting": "0.9", "--forget_scale": "1"},
+    "forgets at t >= 300 and t < 100 in turns": {"--timestep_range": ALL, "--forget_timestep_ranges": WITH_LOWEST},
+    "forgets at t >= 300 and t < 300 in turns": {"--timestep_range": ALL, "--forget_timestep_ranges": IN_TURNS},
+    "calibrated": {"--calibrate_forgetting": "0.9", "--forget_scaling": "relative", "--forget_scale": "1"},
     "not stratified": {"--method": "siss_independent"},
     "EMA": {"--use_ema": ""},
     "cosine": {"--lr_scheduler": "cosine"},
