@@ -102,12 +102,18 @@ def final_rows(lines: dict[str, Line]) -> list[tuple[str, str, list[Line]]]:
 
 
 def main_table(lines: dict[str, Line]) -> str:
+    """The chosen settings in bold; and others that were run over seeds, those of an earlier choice, say."""
     head = ["", "setting", "seeds", "copies, %", *(label for *_, label in COLUMNS)]
+    rows = []
+    for name, chosen, chosen_lines in final_rows(lines):
+        others = [(setting, found) for (variant, setting), found in groups(lines, "final").items() if variant == name]
+        rows.append((name, f"**{chosen}**" if others else chosen, chosen_lines))
+        rows += [(name, setting, found) for setting, found in others if setting != chosen and len(found) > 1]
     return table(
         head,
         (
             [name, setting, str(len(found)), copies(found), *(spread(found, *column[:3]) for column in COLUMNS)]
-            for name, setting, found in final_rows(lines)
+            for name, setting, found in rows
         ),
     )
 
