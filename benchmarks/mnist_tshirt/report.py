@@ -197,7 +197,7 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
                 style = {"color": color, "fmt": "s" if calibrated else "o", "markerfacecolor": fill, "label": name}
             error_bars(axis, found, x, y, factor, zorder=3, **style)
         for (variant, setting), found in groups(lines, "twice").items():
-            label = f"{variant}, twice: {setting.split(', forget')[0]}"
+            label = f"{variant}, twice: {setting}"
             error_bars(axis, found, x, y, factor, zorder=3, color=COLORS[variant.split(",")[0]], fmt="D", label=label)
         if factor == 100:
             axis.set_xscale("symlog", linthresh=0.1)
@@ -206,7 +206,9 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
         if x == "nll_forget_bpd":
             axis.set_xlim(2, 10)
         limit(axis, [value for *_, found in final_rows(lines) for value in values(found, y)], y)
-    axes[-1].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+    )
     figure.savefig(path, dpi=110)
 
 
