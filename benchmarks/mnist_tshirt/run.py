@@ -41,7 +41,19 @@ from problem import (
     read_npz,
     train_classifier,
 )
-from settings import ABLATION, LONGER, SWEEP, TEN_TIMES, TWO_ROWS, Setting, changed, describe, forget_ranges
+from settings import (
+    ABLATION,
+    LONGER,
+    RECOMMENDED,
+    RECOMMENDED_BUDGET,
+    SWEEP,
+    TEN_TIMES,
+    TWO_ROWS,
+    Setting,
+    changed,
+    describe,
+    forget_ranges,
+)
 from step_cost import FREE_AT_ONCE, measure_peak
 from torchvision.io import write_png
 
@@ -280,28 +292,29 @@ class Experiment:
                 for seed in args.seeds
                 for flags in settings
             ]
+        if stage == "ablation":
+            changes = ABLATION if "siss" in args.variants else {}
+            budget = RECOMMENDED_BUDGET * args.evaluations
+            return [
+                self.unlearning(
+                    stage, f"siss: {name}", changed(RECOMMENDED, change), seed, args.num_ablation_samples, budget
+                )
+                for seed in args.ablation_seeds
+                for name, change in changes.items()
+            ]
+        if stage == "ten_times":
+            return [
+                self.unlearning(stage, variant, flags, seed, args.num_ablation_samples, 10 * args.evaluations)
+                for seed in args.ablation_seeds
+                for variant, flags in TEN_TIMES.items()
+                if variant in args.variants
+            ]
         chosen = {variant: chosen_setting(self.results.read(), variant) for variant in args.variants}
         if stage == "final":
             return [
                 self.unlearning("final", variant, flags, seed, args.num_samples)
                 for seed in args.seeds
                 for variant, flags in chosen.items()
-            ]
-        if stage == "ablation":
-            flags = chosen["siss"] if "siss" in chosen else {}
-            changes = {name: changed(flags, change) for name, change in ABLATION.items() if flags}
-            return [
-                self.unlearning("ablation", f"siss: {name}", new, seed, args.num_ablation_samples)
-                for seed in args.ablation_seeds
-                for name, new in changes.items()
-                if new != flags or name == "as chosen"
-            ]
-        if stage == "ten_times":
-            return [
-                self.unlearning(stage, v, chosen[v], seed, args.num_ablation_samples, 10 * args.evaluations)
-                for seed in args.ablation_seeds
-                for v in TEN_TIMES
-                if v in chosen
             ]
         return [self.cost(variant, flags) for variant, flags in chosen.items()]
 
