@@ -66,6 +66,7 @@ from siss_diffusers.training import (
     StopSignal,
     averaged_weights,
     check_resumed,
+    current_forget_range,
     describe_run,
     find_resumed,
     finish,
@@ -624,7 +625,7 @@ def main(argv: list[str] | None = None) -> None:
                 " or --forget_scale, use bf16 instead of fp16, or allow more by --max_skipped_steps"
             )
         window = []
-        forget_timestep_range = forget_timestep_ranges[state["window"] % len(forget_timestep_ranges)]
+        forget_timestep_range = current_forget_range(args, forget_timestep_ranges, state)
         for _ in range(args.gradient_accumulation_steps):
             rows = method.rows_within(Query(path=path, **next(batches)), forget_timestep_range)
             if args.snr_gamma is not None:

@@ -52,6 +52,7 @@ from siss_diffusers.training import (
     StopSignal,
     averaged_weights,
     check_resumed,
+    current_forget_range,
     describe_run,
     find_resumed,
     finish,
@@ -402,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     while state["global_step"] < args.max_train_steps:
         step_started = time.perf_counter()
         window = []
-        forget_timestep_range = forget_timestep_ranges[state["window"] % len(forget_timestep_ranges)]
+        forget_timestep_range = current_forget_range(args, forget_timestep_ranges, state)
         for _ in range(args.gradient_accumulation_steps):
             rows = method.rows_within(Query(path=path, **next(batches)), forget_timestep_range)
             if path.prediction_type == "sample":

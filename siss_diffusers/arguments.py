@@ -313,8 +313,18 @@ def add_unlearning_arguments(parser: argparse.ArgumentParser, *, calibrate_by_de
         metavar="LO HI",
         help=(
             "Forget at timesteps LO <= t < HI only, while the images to keep are learned at all of --timestep_range,"
-            " which is the default. Several ranges take turns, a step each, so that the scaling rule weighs each by"
-            " itself: 300 1000 0 100."
+            " which is the default. Several ranges are trained in steps of their own, so that the scaling rule weighs"
+            " each by itself: 300 1000 0 300."
+        ),
+    )
+    group.add_argument(
+        "--forget_timestep_schedule",
+        type=str,
+        choices=["alternate", "sequential"],
+        default="alternate",
+        help=(
+            "When several --forget_timestep_ranges are trained: `alternate`, in turns, a step each; `sequential`, one"
+            " after the other, an equal share of the steps each. Default: alternate."
         ),
     )
     group.add_argument(
@@ -383,6 +393,16 @@ def check_forget_timestep_ranges(args: argparse.Namespace, method: Method) -> No
         )
 
 
+def check_forget_timestep_schedule(args: argparse.Namespace) -> None:
+    """Nothing is trained one after the other unless there are several ranges."""
+    count = len(args.forget_timestep_ranges or ())
+    if args.forget_timestep_schedule == "sequential" and count < 2:
+        raise UsageError(
+            f"--forget_timestep_schedule sequential needs several ranges in --forget_timestep_ranges, not {count};"
+            " give more, or drop the flag"
+        )
+
+
 def check_unlearning_arguments(args: argparse.Namespace, *, calibrate_by_default: bool) -> tuple[Method, Rule]:
     """The method and the rule that the arguments mean; fills in the defaults of the scaling rule and of calibration.
 
@@ -423,6 +443,7 @@ def check_unlearning_arguments(args: argparse.Namespace, *, calibrate_by_default
         raise UsageError("--timestep_range LO HI needs LO below HI")
     if args.forget_timestep_ranges is not None:
         check_forget_timestep_ranges(args, method)
+    check_forget_timestep_schedule(args)
     if args.stop_when_forgotten and args.validation_steps is None:
         raise UsageError("--stop_when_forgotten needs --validation_steps, which says how often to look")
     return method, method.rule(scaling)
@@ -497,6 +518,7 @@ def clear_output_dir(output_dir: Path, model_files: tuple[str, ...]) -> None:
 def shared_settings(args: argparse.Namespace) -> dict[str, int | float | bool | str]:
     """The arguments that may be published: numbers, switches and names of ours, never a path, file name or value."""
     names = ("method", "forget_scaling", "lr_scheduler", "mixed_precision", "prediction_type", "ddpm_beta_schedule")
+    names += ("forget_timestep_schedule",)
     return {
         name: value
         for name, value in vars(args).items()

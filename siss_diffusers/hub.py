@@ -507,8 +507,9 @@ def hyperparameters(report: dict) -> str:
         (name.replace("_", " "), settings[name]) for name in ("learning_rate", "lr_scheduler") if name in settings
     ]
     forget_ranges = report.get("forget_timestep_ranges", [report["timestep_range"]])
+    between = ", then " if settings.get("forget_timestep_schedule") == "sequential" else " and in turns "
     rows += [
-        (name, ", ".join("{} to {}".format(*found) for found in ranges))
+        (name, between.join("{} to {}".format(*found) for found in ranges))
         for name, ranges in (("timesteps", [report["timestep_range"]]), ("timesteps of forgetting", forget_ranges))
     ]
     rows += [("precision", settings.get("mixed_precision", "no")), ("seed", settings.get("seed"))]

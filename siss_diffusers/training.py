@@ -84,7 +84,7 @@ FREE_ARGUMENTS = {
     *("num_inference_steps", "ddpm_num_inference_steps", "eval_batch_size", "stop_when_forgotten"),
     *("save_images_epochs", "save_model_epochs"),
 }
-# How long the run is matters to a step only under a schedule that ends.
+# How long the run is matters to a step only under a schedule that ends, of the rate or of forgetting.
 LENGTHS = {"max_train_steps", "num_train_epochs", "num_epochs"}
 # What the saved state cannot be read without: not even --allow_changes helps.
 FIXED_ARGUMENTS = {
@@ -113,6 +113,15 @@ def timestep_ranges(
         forget_ranges,
         (min(low for low, _ in forget_ranges), max(high for _, high in forget_ranges)),
     )
+
+
+def current_forget_range(
+    args: argparse.Namespace, forget_ranges: list[tuple[int, int]], state: dict[str, int | float | None]
+) -> tuple[int, int]:
+    """--forget_timestep_schedule: the `(lo, hi)` of the next step. A skipped step takes no share of a sequence away."""
+    if args.forget_timestep_schedule == "sequential":
+        return forget_ranges[state["global_step"] * len(forget_ranges) // args.max_train_steps]
+    return forget_ranges[state["window"] % len(forget_ranges)]
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -375,7 +384,8 @@ def describe_run(
         data: the parts of the data by their names, "images to keep" among them.
     """
     salt = secrets.token_hex(16) if checkpoint is None else read_json(checkpoint / "state.json")["run"]["salt"]
-    free = FREE_ARGUMENTS | (LENGTHS if args.lr_scheduler in ("constant", "constant_with_warmup") else set())
+    endless = args.lr_scheduler in ("constant", "constant_with_warmup")
+    free = FREE_ARGUMENTS | (LENGTHS if endless and args.forget_timestep_schedule == "alternate" else set())
     shown, arguments = shared_settings(args), {}
     for name, value in vars(args).items():
         if name in free:

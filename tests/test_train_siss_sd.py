@@ -138,7 +138,7 @@ def test_every_method_runs_and_changes_only_the_unet(kind, method, full_args, mo
         {"--random_flip": None, "--dataloader_num_workers": "1"},
         {"--dataloader_num_workers": "1", "--max_train_samples": "7"},
         {"--calibrate_forgetting": "0.75", "--timestep_range": "200 900", "--allow_tf32": None},
-        {"--forget_timestep_ranges": "300 1000 0 300"},
+        {"--forget_timestep_ranges": "300 1000 0 300", "--forget_timestep_schedule": "sequential"},
         {"--num_train_epochs": "1", "--max_train_steps": ..., "--image_interpolation_mode": "bicubic"},
         {"--forget_scaling": "norm", "--forget_scale": "750"},
         {"--forget_scaling": "fixed", "--method_args": "lam=0.25"},

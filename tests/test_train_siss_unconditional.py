@@ -115,20 +115,24 @@ def test_forgetting_at_no_timestep_that_is_drawn_is_ordinary_fine_tuning(base_ar
     assert json.loads((tmp_path / "out" / "unlearning.json").read_text())["forget_timestep_ranges"] == [[0, 1000]]
 
 
-def test_ranges_of_forgetting_take_turns(base_args, tmp_path):
+@pytest.mark.parametrize(("schedule", "turns"), [("alternate", (1, 2, 1, 2, 1)), ("sequential", (1, 1, 1, 2, 2))])
+def test_ranges_of_forgetting_have_steps_of_their_own(schedule, turns, base_args, tmp_path):
     """A step of a range is that of a run which has this range alone."""
 
     def logged(ranges: str, steps: int) -> list[dict]:
         # At rate 0 the weights stay, so that steps of different runs can be compared.
         flags = {"--forget_timestep_ranges": ranges, "--learning_rate": "0", "--max_train_steps": str(steps)}
+        if ranges.count(" ") > 1:
+            flags["--forget_timestep_schedule"] = schedule
         main(to_argv(base_args | flags | {"--output_dir": str(tmp_path / ranges.replace(" ", "_"))}))
         return read_log(tmp_path / ranges.replace(" ", "_"))
 
-    alternating, first, second = (logged(ranges, 5) for ranges in ("500 1000 0 500", "500 1000", "0 500"))
-    for step, line in enumerate(alternating):
+    both, first, second = (logged(ranges, 5) for ranges in ("500 1000 0 500", "500 1000", "0 500"))
+    for step, line in enumerate(both):
+        is_second = turns[step] == 2
         for key in ("keep_loss", "forget_loss", "grad_norm_forget", "forget_scale"):
-            assert line[key] == pytest.approx((second if step % 2 else first)[step][key])
-            assert line[key] != pytest.approx((first if step % 2 else second)[step][key])
+            assert line[key] == pytest.approx((second if is_second else first)[step][key])
+            assert line[key] != pytest.approx((first if is_second else second)[step][key])
 
 
 @pytest.mark.parametrize("scaling", ["relative", "norm"])
@@ -186,8 +190,9 @@ def test_8bit_adam(base_args, tmp_path):
         {"--forget_scaling": "norm", "--forget_scale": "5", "--gradient_accumulation_steps": "2"},
         {"--forget_scale_every": "3", "--calibrate_forgetting": None},
         {"--forget_timestep_ranges": "600 1000 200 600 0 200"},
+        {"--forget_timestep_ranges": "600 1000 0 600", "--forget_timestep_schedule": "sequential"},
     ],
-    ids=["ema-cosine-calibrated", "norm-accumulated", "lagged", "ranges"],
+    ids=["ema-cosine-calibrated", "norm-accumulated", "lagged", "ranges", "sequence"],
 )
 def test_resume_is_the_uninterrupted_run_bit_for_bit(flags, base_args, tmp_path):
     flags = base_args | {"--max_train_steps": "4", "--checkpointing_steps": "2"} | flags
@@ -226,6 +231,10 @@ def interrupted(base_args, tmp_path) -> dict[str, str | None]:
         ({"--lr_scheduler": "cosine"}, "--lr_scheduler was constant and is cosine"),
         ({"--mixed_precision": "bf16"}, "--mixed_precision was no and is bf16"),
         ({"--forget_timestep_ranges": "200 900"}, "--forget_timestep_ranges is another"),
+        (
+            {"--forget_timestep_ranges": "200 900 0 200", "--forget_timestep_schedule": "sequential"},
+            "--forget_timestep_schedule was alternate and is sequential",
+        ),
         ({"--pretrained_model_name_or_path": "COPY"}, "--pretrained_model_name_or_path is another"),
         ({"--use_ema": None, "--allow_changes": None}, "--use_ema was False and is True"),
         ({"--calibrate_forgetting": None, "--allow_changes": None}, "cannot be read with"),
@@ -517,6 +526,11 @@ BAD_INPUT = {
         {"--forget_timestep_ranges": "300 1000 0 300", "--forget_scale_every": "2"},
         None,
         "--forget_scale_every needs a single range",
+    ),
+    "one range of forgetting in sequence": (
+        {"--forget_timestep_ranges": "300 1000", "--forget_timestep_schedule": "sequential"},
+        None,
+        "--forget_timestep_schedule sequential needs several ranges in --forget_timestep_ranges, not 1",
     ),
     "range of forgetting for one side": (
         {"--forget_timestep_ranges": "200 900", "--method": "neggrad"},
