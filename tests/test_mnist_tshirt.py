@@ -66,7 +66,7 @@ class TestSettings:
         one, two = settings.setting("naive_deletion", 1e-4), settings.setting("retrack", 1e-4)
         assert run.count_steps(one, 9_600, 64) == 150
         assert run.count_steps(two, 9_600, 64) == 75
-        in_turns = two | {"--forget_timestep_ranges": settings.IN_TURNS}  # half of the timesteps, on average
+        in_turns = two | {"--forget_timestep_ranges": settings.HIGH_AND_LOW}  # half of the timesteps, on average
         assert run.count_steps(in_turns, 9_600, 64) == 100
         assert run.count_steps(one | {"--calibrate_forgetting": "1"}, 9_600, 64) == 140
         assert run.count_steps(two | {"--train_batch_size": "128"}, 9_600, 64) == 37
