@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from run import chosen_setting, forgotten
-from settings import LONGER, SWEEP, describe
+from settings import LONGER, RECOMMENDED, SWEEP, describe
 
 from siss_diffusers.metrics.copies import wilson_interval
 
@@ -90,15 +90,31 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def final_rows(lines: dict[str, Line]) -> list[tuple[str, str, list[Line]]]:
-    """Name, setting and lines of the seeds: the two references first, then every variant at its chosen setting."""
+def reference_rows(lines: dict[str, Line]) -> list[tuple[str, str, list[Line]]]:
+    """Name, setting and lines of the seeds."""
     rows = [("base", "", of_stage(lines, "base")), ("retrained", "without the garment", of_stage(lines, "retrained"))]
+    return [row for row in rows if row[2]]
+
+
+def final_rows(lines: dict[str, Line]) -> list[tuple[str, str, list[Line]]]:
+    """The two references first, then every variant at its chosen setting."""
+    rows = reference_rows(lines)
     for variant in SWEEP:
         found = of_stage(lines, "final", variant)
         if found:
             setting = describe(chosen_setting(lines, variant))
             rows.append((variant, setting, [line for line in found if line["setting"] == setting]))
     return [row for row in rows if row[2]]
+
+
+def longer_rows(lines: dict[str, Line], stage: str) -> list[tuple[str, str, list[Line]]]:
+    """The two references, then the settings of each variant: those of `settings.py` first."""
+    rows, found = [], groups(lines, stage)
+    for variant, settings in LONGER[stage][1].items():
+        planned = [describe(flags) for flags in settings]
+        others = [setting for name, setting in found if name == variant and setting not in planned]
+        rows += [(variant, setting, found.get((variant, setting), [])) for setting in planned + others]
+    return reference_rows(lines) + [row for row in rows if row[2]]
 
 
 def main_table(lines: dict[str, Line]) -> str:
@@ -151,15 +167,21 @@ def groups(lines: dict[str, Line], stage: str) -> dict[tuple[str, str], list[Lin
 
 
 def grouped_table(lines: dict[str, Line], stage: str) -> str:
+    if stage in LONGER:
+        rows = longer_rows(lines, stage)
+    else:
+        rows = [(variant, setting, found) for (variant, setting), found in groups(lines, stage).items()]
     return table(
         ["", "setting", "seeds", "copies, %", *(label for *_, label in COLUMNS), "active share"],
         (
             [
-                *(variant, setting, str(len(found)), copies(found)),
+                variant,
+                f"**{setting}**" if stage in LONGER and setting == describe(RECOMMENDED) else setting,
+                *(str(len(found)), copies(found)),
                 *(spread(found, *column[:3]) for column in COLUMNS),
                 spread(found, "forget_active", 1, 2),
             ]
-            for (variant, setting), found in groups(lines, stage).items()
+            for variant, setting, found in rows
         ),
     )
 
@@ -181,6 +203,10 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
         ("injected_copy_share", 100, "garment restored from 60 % noise, % of draws", "fid", "FID"),
         ("nll_forget_bpd", 1, "NLL of the garment, bits/dim", "inception_score", "inception score"),
     )
+    # Of the longer runs those that all methods have in common.
+    with_average = {
+        describe(flags) for found in LONGER["twice"][1].values() for flags in found if "--use_ema" in flags
+    }
     for axis, (x, factor, x_label, y, y_label) in zip(axes, panels):
         for variant in SWEEP:
             calibrated, color = "calibrated" in variant, COLORS[variant.split(",")[0]]
@@ -196,9 +222,13 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
                 fill = "white" if calibrated else color
                 style = {"color": color, "fmt": "s" if calibrated else "o", "markerfacecolor": fill, "label": name}
             error_bars(axis, found, x, y, factor, zorder=3, **style)
-        for (variant, setting), found in groups(lines, "twice").items():
-            label = f"{variant}, twice: {setting}"
-            error_bars(axis, found, x, y, factor, zorder=3, color=COLORS[variant.split(",")[0]], fmt="D", label=label)
+        for stage, marker in (("twice", "D"), ("four_times", "^")):
+            for variant, setting, found in longer_rows(lines, stage):
+                if setting in with_average and len(found) > 1:
+                    color, label = COLORS[variant.split(",")[0]], f"{variant}, {stage.replace('_', ' ')}: {setting}"
+                    fill = "white" if "calibrated" in variant else color
+                    style = {"color": color, "fmt": marker, "markerfacecolor": fill, "label": label}
+                    error_bars(axis, found, x, y, factor, zorder=4, **style)
         if factor == 100:
             axis.set_xscale("symlog", linthresh=0.1)
             axis.set_xlim(left=-0.01)

@@ -237,6 +237,10 @@ LONGER: dict[str, tuple[int, dict[str, list[Setting]]]] = {
                 setting("retrack", 1e-4, **RETRACK),
                 setting("retrack", 1e-4, **RETRACK, use_ema=""),
                 setting("retrack", 1e-4, **RETRACK, **SEQUENCE),
+                *(
+                    setting("retrack", rate, method_args=f"lam={lam:g} num_neighbors=10", use_ema="")
+                    for rate, lam in ((1e-4, 0.05), (2e-4, 0.01), (2e-4, 0.05))
+                ),
             ],
             "siss, calibrated": [changed(RECOMMENDED, CALIBRATED)],
         },
