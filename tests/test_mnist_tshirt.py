@@ -46,6 +46,24 @@ class TestSettings:
             assert {flags["--method"] for flags in swept} == {variant.split(",")[0]}
             assert all(("--calibrate_forgetting" in flags) == ("calibrated" in variant) for flags in swept)
 
+    def test_no_two_changes_of_the_ablation_share_a_name(self):
+        names = [
+            settings.describe(settings.changed(settings.RECOMMENDED, change)) for change in settings.ABLATION.values()
+        ]
+        assert len(set(names)) == len(names) and names[0] == settings.describe(settings.RECOMMENDED)
+
+    @pytest.mark.parametrize("stage", list(settings.LONGER))
+    def test_longer_runs_are_of_variants_and_settings_that_differ(self, stage):
+        for variant, longer in settings.LONGER[stage][1].items():
+            assert {flags["--method"] for flags in longer} == {variant.split(",")[0]}
+            assert len({settings.describe(flags) for flags in longer}) == len(longer)
+
+    def test_the_order_of_the_ranges_is_part_of_the_name(self):
+        in_turns = settings.setting("siss", 1e-4, forget_timestep_ranges=settings.HIGH_AND_LOW)
+        assert settings.describe(in_turns) == "lr 0.0001, forget 300-1000 / 0-300"
+        in_sequence = in_turns | {"--forget_timestep_schedule": "sequential"}
+        assert settings.describe(in_sequence) == "lr 0.0001, forget 300-1000, then 0-300"
+
     def test_two_rows_are_of_the_methods_that_noise_both_images(self):
         path = GaussianPath(torch.tensor([0.9]), torch.tensor([0.4]), torch.arange(1), "epsilon")
         image = torch.randn(2, 1, 4, 4)
@@ -130,6 +148,18 @@ class TestChoice:
     def test_the_sweep_comes_first(self):
         with pytest.raises(run.UsageError, match="--stages"):
             run.chosen_setting({}, "siss")
+
+
+def test_tables_of_longer_runs_begin_with_the_references_and_keep_settings_of_earlier_runs():
+    recommended = settings.describe(settings.RECOMMENDED)
+    rows = (("retrack", "earlier"), ("siss", recommended), ("retrack", "earlier"))
+    lines = {
+        str(index): {"stage": "twice", "variant": variant, "setting": setting}
+        for index, (variant, setting) in enumerate(rows)
+    }
+    lines["base"] = {"stage": "base", "variant": "base", "setting": ""}
+    found = [(name, setting, len(seeds)) for name, setting, seeds in report.longer_rows(lines, "twice")]
+    assert found == [("base", "", 1), ("siss", recommended, 1), ("retrack", "earlier", 2)]
 
 
 class TestResults:
