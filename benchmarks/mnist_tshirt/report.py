@@ -167,6 +167,7 @@ def groups(lines: dict[str, Line], stage: str) -> dict[tuple[str, str], list[Lin
 
 
 def grouped_table(lines: dict[str, Line], stage: str) -> str:
+    recommended = ("siss", describe(RECOMMENDED))
     if stage in LONGER:
         rows = longer_rows(lines, stage)
     else:
@@ -176,7 +177,7 @@ def grouped_table(lines: dict[str, Line], stage: str) -> str:
         (
             [
                 variant,
-                f"**{setting}**" if stage in LONGER and setting == describe(RECOMMENDED) else setting,
+                f"**{setting}**" if stage in LONGER and (variant, setting) == recommended else setting,
                 *(str(len(found)), copies(found)),
                 *(spread(found, *column[:3]) for column in COLUMNS),
                 spread(found, "forget_active", 1, 2),
