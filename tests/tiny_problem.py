@@ -103,4 +103,5 @@ def _run_rank(rank: int, function: Callable[[int, int], object], world_size: int
         "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     torch.save(function(rank, world_size), f"{folder}/{rank}.pt")
+    dist.barrier()  # none leaves while another still talks to it
     dist.destroy_process_group()
