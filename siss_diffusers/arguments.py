@@ -517,8 +517,10 @@ def clear_output_dir(output_dir: Path, model_files: tuple[str, ...]) -> None:
 
 def shared_settings(args: argparse.Namespace) -> dict[str, int | float | bool | str]:
     """The arguments that may be published: numbers, switches and names of ours, never a path, file name or value."""
-    names = ("method", "forget_scaling", "lr_scheduler", "mixed_precision", "prediction_type", "ddpm_beta_schedule")
-    names += ("forget_timestep_schedule",)
+    names = {
+        *("method", "forget_scaling", "forget_timestep_schedule", "lr_scheduler", "mixed_precision"),
+        *("prediction_type", "ddpm_beta_schedule"),
+    }
     return {
         name: value
         for name, value in vars(args).items()

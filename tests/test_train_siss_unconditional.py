@@ -25,6 +25,7 @@ from siss_diffusers import METHODS
 from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.data import Images
 from siss_diffusers.errors import RunError, run
+from siss_diffusers.hub import hyperparameters
 from train_siss_unconditional import main
 
 
@@ -133,6 +134,9 @@ def test_ranges_of_forgetting_have_steps_of_their_own(schedule, turns, base_args
         for key in ("keep_loss", "forget_loss", "grad_norm_forget", "forget_scale"):
             assert line[key] == pytest.approx((second if is_second else first)[step][key])
             assert line[key] != pytest.approx((first if is_second else second)[step][key])
+    card = hyperparameters(json.loads((tmp_path / "500_1000_0_500" / "unlearning.json").read_text()))
+    order = {"alternate": "500 to 1000 and in turns 0 to 500", "sequential": "500 to 1000, then 0 to 500"}[schedule]
+    assert f"| timesteps of forgetting | {order} |" in card and "| timesteps | 0 to 1000 |" in card
 
 
 @pytest.mark.parametrize("scaling", ["relative", "norm"])

@@ -177,7 +177,7 @@ def grouped_table(lines: dict[str, Line], stage: str) -> str:
         (
             [
                 variant,
-                f"**{setting}**" if stage in LONGER and (variant, setting) == recommended else setting,
+                f"**{setting}**" if (variant, setting) == recommended else setting,
                 *(str(len(found)), copies(found)),
                 *(spread(found, *column[:3]) for column in COLUMNS),
                 spread(found, "forget_active", 1, 2),
