@@ -162,6 +162,20 @@ def test_tables_of_longer_runs_begin_with_the_references_and_keep_settings_of_ea
     assert found == [("base", "", 1), ("siss", recommended, 1), ("retrack", "earlier", 2)]
 
 
+def test_the_summary_has_one_row_for_each_method_with_averaged_weights():
+    lines = {}
+    for variant, longer in settings.LONGER["twice"][1].items():
+        for flags in longer:
+            setting = settings.describe(flags)
+            about = {"stage": "twice", "variant": variant, "setting": setting, "copy_share": 0.25 * ("EMA" in setting)}
+            measured = dict.fromkeys(("nll_forget_bpd", "inception_score", "fid", "membership_auc_strangers"), 2.0)
+            lines[f"{variant}/{setting}"] = about | measured
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.summary_table(lines).splitlines()[2:]]
+    assert {name.strip("*`") for name, *_ in rows} == set(METHODS) and len(rows) == len(METHODS)
+    assert [name for name, *_ in rows if "*" in name] == ["**`siss`**"]
+    assert all(row[1:] == ["1", "25.00 %", "2.0", "2.00", "2.0", "2.00"] for row in rows)
+
+
 class TestResults:
     task = run.Task("a", {"samples": 5}, lambda: {"fid": 1.0})
 

@@ -1,7 +1,7 @@
 """Tables and plots of the experiment: `python benchmarks/mnist_tshirt/report.py results.jsonl [--readme README.md]`.
 
-Prints the tables and writes `pareto.png` and `calibration.png` beside the results. With `--readme` each table replaces what
-is between its two marks there: `<!-- begin NAME -->` and `<!-- end NAME -->`.
+Prints the tables and writes `pareto.png` and `calibration.png` beside the results. With `--readme FILE ...` each table replaces
+what is between its two marks there: `<!-- begin NAME -->` and `<!-- end NAME -->`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import numpy as np
 from run import chosen_setting, forgotten
 from settings import LONGER, RECOMMENDED, SWEEP, describe
 
+from siss_diffusers import METHODS
 from siss_diffusers.metrics.copies import wilson_interval
 
 
@@ -50,7 +51,7 @@ COLORS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="The results.jsonl of run.py.")
-    parser.add_argument("--readme", type=Path, help="A file whose tables are replaced.")
+    parser.add_argument("--readme", type=Path, nargs="+", default=[], help="Files whose tables are replaced.")
     return parser.parse_args(argv)
 
 
@@ -187,6 +188,36 @@ def grouped_table(lines: dict[str, Line], stage: str) -> str:
     )
 
 
+def summary_table(lines: dict[str, Line]) -> str:
+    """Means only, for the project's README: each method by itself with the paper's budget and averaged weights."""
+    rows = reference_rows(lines)
+    found = groups(lines, "twice")
+    for variant, settings in LONGER["twice"][1].items():
+        setting = next(describe(flags) for flags in settings if "--use_ema" in flags)
+        if variant in METHODS and (variant, setting) in found:
+            rows.append((f"`{variant}`", setting, found[variant, setting]))
+    return table(
+        ["", "seeds", "copies", "NLL of the garment", "inception score", "FID", "recognised among strangers (AUC)"],
+        (
+            [
+                f"**{name}**" if setting == describe(RECOMMENDED) and name == "`siss`" else name,
+                str(len(found)),
+                f"{np.mean(values(found, 'copy_share', 100)):.2f} %",
+                *(
+                    f"{np.mean(values(found, key)):.{digits}f}"
+                    for key, digits in (
+                        ("nll_forget_bpd", 1),
+                        ("inception_score", 2),
+                        ("fid", 1),
+                        ("membership_auc_strangers", 2),
+                    )
+                ),
+            ]
+            for name, setting, found in rows
+        ),
+    )
+
+
 def error_bars(axis: plt.Axes, found: list[Line], x: str, y: str, factor: float, **style: object) -> None:
     """The mean over seeds, the bars from the least to the greatest."""
     points = np.array([(factor * line[x], line[y]) for line in found if line[x] is not None and line[y] is not None])
@@ -278,6 +309,7 @@ def replace(text: str, name: str, content: str) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Line]], str]] = {
+    "summary": summary_table,
     "main": main_table,
     "cost": cost_table,
     **{stage: partial(grouped_table, stage=stage) for stage in (*LONGER, "ablation", "ten_times")},
@@ -291,11 +323,11 @@ def main(argv: list[str] | None = None) -> None:
     tables = {name: make(lines) for name, make in TABLES.items()}
     for name, content in tables.items():
         print(f"{name}\n\n{content}\n")
-    if args.readme is not None:
-        text = args.readme.read_text()
+    for readme in args.readme:
+        text = readme.read_text()
         for name, content in tables.items():
             text = replace(text, name, content)
-        args.readme.write_text(text)
+        readme.write_text(text)
     plot_pareto(args.results.with_name("pareto.png"), lines)
     plot_calibration(args.results.with_name("calibration.png"), lines)
 
