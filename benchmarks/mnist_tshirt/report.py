@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from run import chosen_setting, forgotten
-from settings import LONGER, RECOMMENDED, SWEEP, describe
+from settings import LONGER, RECOMMENDED, SWEEP, THOROUGH, describe
 
 from siss_diffusers import METHODS
 from siss_diffusers.metrics.copies import wilson_interval
@@ -168,7 +168,7 @@ def groups(lines: dict[str, Line], stage: str) -> dict[tuple[str, str], list[Lin
 
 
 def grouped_table(lines: dict[str, Line], stage: str) -> str:
-    recommended = ("siss", describe(RECOMMENDED))
+    recommended = [("siss", describe(flags)) for flags in (RECOMMENDED, THOROUGH)]
     if stage in LONGER:
         rows = longer_rows(lines, stage)
     else:
@@ -178,7 +178,7 @@ def grouped_table(lines: dict[str, Line], stage: str) -> str:
         (
             [
                 variant,
-                f"**{setting}**" if (variant, setting) == recommended else setting,
+                f"**{setting}**" if (variant, setting) in recommended else setting,
                 *(str(len(found)), copies(found)),
                 *(spread(found, *column[:3]) for column in COLUMNS),
                 spread(found, "forget_active", 1, 2),
@@ -254,7 +254,7 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
                 fill = "white" if calibrated else color
                 style = {"color": color, "fmt": "s" if calibrated else "o", "markerfacecolor": fill, "label": name}
             error_bars(axis, found, x, y, factor, zorder=3, **style)
-        for stage, marker in (("twice", "D"), ("four_times", "^")):
+        for stage, marker in (("twice", "D"), ("four_times", "^"), ("six_times", "v")):
             for variant, setting, found in longer_rows(lines, stage):
                 if setting in with_average and len(found) > 1:
                     color, label = COLORS[variant.split(",")[0]], f"{variant}, {stage.replace('_', ' ')}: {setting}"
