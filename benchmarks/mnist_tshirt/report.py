@@ -235,9 +235,13 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
         ("injected_copy_share", 100, "garment restored from 60 % noise, % of draws", "fid", "FID"),
         ("nll_forget_bpd", 1, "NLL of the garment, bits/dim", "inception_score", "inception score"),
     )
-    # Of the longer runs those that all methods have in common.
+    # Of the longer runs those with averaged weights, and of enough seeds for bars.
     with_average = {
-        describe(flags) for found in LONGER["twice"][1].values() for flags in found if "--use_ema" in flags
+        describe(flags)
+        for _, longer in LONGER.values()
+        for settings in longer.values()
+        for flags in settings
+        if "--use_ema" in flags
     }
     for axis, (x, factor, x_label, y, y_label) in zip(axes, panels):
         for variant in SWEEP:
