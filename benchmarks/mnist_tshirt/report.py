@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 from run import chosen_setting, forgotten
 from settings import LONGER, RECOMMENDED, SWEEP, THOROUGH, describe
 
@@ -45,6 +46,14 @@ COLORS = {
     "subscore_bernoulli": "tab:purple",
     "erasediff": "tab:orange",
     "retrack": "tab:green",
+}
+
+REFERENCES = {"base": "X", "retrained": "*"}
+# Longer stages in the plot.
+BUDGETS = {
+    "twice": ("D", "the paper's budget"),
+    "four_times": ("^", "twice the paper's"),
+    "six_times": ("v", "three times the paper's"),
 }
 
 
@@ -252,18 +261,18 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
             axis.scatter(values(swept, x, factor), values(swept, y), **dots)
         for name, _, found in final_rows(lines):
             if name in ("base", "retrained"):
-                style = {"color": "black", "fmt": "X" if name == "base" else "*", "label": name}
+                style = {"color": "black", "fmt": REFERENCES[name]}
             else:
                 calibrated, color = "calibrated" in name, COLORS[name.split(",")[0]]
                 fill = "white" if calibrated else color
-                style = {"color": color, "fmt": "s" if calibrated else "o", "markerfacecolor": fill, "label": name}
+                style = {"color": color, "fmt": "s" if calibrated else "o", "markerfacecolor": fill}
             error_bars(axis, found, x, y, factor, zorder=3, **style)
-        for stage, marker in (("twice", "D"), ("four_times", "^"), ("six_times", "v")):
+        for stage, (marker, _) in BUDGETS.items():
             for variant, setting, found in longer_rows(lines, stage):
                 if setting in with_average and len(found) > 1:
-                    color, label = COLORS[variant.split(",")[0]], f"{variant}, {stage.replace('_', ' ')}: {setting}"
+                    color = COLORS[variant.split(",")[0]]
                     fill = "white" if "calibrated" in variant else color
-                    style = {"color": color, "fmt": marker, "markerfacecolor": fill, "label": label}
+                    style = {"color": color, "fmt": marker, "markerfacecolor": fill}
                     error_bars(axis, found, x, y, factor, zorder=4, **style)
         if factor == 100:
             axis.set_xscale("symlog", linthresh=0.1)
@@ -272,9 +281,27 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
         if x == "nll_forget_bpd":
             axis.set_xlim(2, 10)
         limit(axis, [value for *_, found in final_rows(lines) for value in values(found, y)], y)
-    figure.legend(
-        *axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
-    )
+    # By colour and by shape: a setting has its name in the tables.
+    marks = [(marker, "black", name) for name, marker in REFERENCES.items()]
+    marks += [("o", color, method) for method, color in COLORS.items()]
+    marks += [
+        ("o", "dimgrey", "half of the paper's budget: the sweep's choice"),
+        ("s", "white", "the same, calibrated"),
+    ]
+    marks += [(marker, "dimgrey", label) for marker, label in BUDGETS.values()]
+    handles = [
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker=marker,
+            markerfacecolor=fill,
+            color="dimgrey" if fill == "white" else fill,
+            label=label,
+        )
+        for marker, fill, label in marks
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
