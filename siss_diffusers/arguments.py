@@ -324,7 +324,7 @@ def add_unlearning_arguments(parser: argparse.ArgumentParser, *, calibrate_by_de
         default="alternate",
         help=(
             "When several --forget_timestep_ranges are trained: `alternate`, in turns, a step each; `sequential`, one"
-            " after the other, an equal share of the steps each. Default: alternate."
+            " after the other, an equal share of the steps each (a range named twice has two). Default: alternate."
         ),
     )
     group.add_argument(

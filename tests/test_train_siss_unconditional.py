@@ -1,5 +1,6 @@
 """The script as a user runs it, on the shipped model; most of it in process, a few real launches."""
 
+import argparse
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.data import Images
 from siss_diffusers.errors import RunError, run
 from siss_diffusers.hub import hyperparameters
+from siss_diffusers.training import current_forget_range
 from train_siss_unconditional import main
 
 
@@ -137,6 +139,13 @@ def test_ranges_of_forgetting_have_steps_of_their_own(schedule, turns, base_args
     card = hyperparameters(json.loads((tmp_path / "500_1000_0_500" / "unlearning.json").read_text()))
     order = {"alternate": "500 to 1000 and in turns 0 to 500", "sequential": "500 to 1000, then 0 to 500"}[schedule]
     assert f"| timesteps of forgetting | {order} |" in card and "| timesteps | 0 to 1000 |" in card
+
+
+def test_a_range_named_twice_has_two_shares_of_a_sequence():
+    args = argparse.Namespace(forget_timestep_schedule="sequential", max_train_steps=450)
+    ranges = [(300, 1000), (0, 300), (0, 300)]
+    high = [current_forget_range(args, ranges, {"global_step": step})[0] == 300 for step in range(450)]
+    assert high == [True] * 150 + [False] * 300
 
 
 @pytest.mark.parametrize("scaling", ["relative", "norm"])
