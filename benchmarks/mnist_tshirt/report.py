@@ -177,7 +177,7 @@ def groups(lines: dict[str, Line], stage: str) -> dict[tuple[str, str], list[Lin
 
 
 def grouped_table(lines: dict[str, Line], stage: str) -> str:
-    recommended = [("siss", describe(flags)) for flags in (RECOMMENDED, THOROUGH)]
+    recommended = {"twice": RECOMMENDED, "six_times": THOROUGH}.get(stage)
     if stage in LONGER:
         rows = longer_rows(lines, stage)
     else:
@@ -187,7 +187,9 @@ def grouped_table(lines: dict[str, Line], stage: str) -> str:
         (
             [
                 variant,
-                f"**{setting}**" if (variant, setting) in recommended else setting,
+                f"**{setting}**"
+                if variant == "siss" and recommended and setting == describe(recommended)
+                else setting,
                 *(str(len(found)), copies(found)),
                 *(spread(found, *column[:3]) for column in COLUMNS),
                 spread(found, "forget_active", 1, 2),
