@@ -518,8 +518,13 @@ def clear_output_dir(output_dir: Path, model_files: tuple[str, ...]) -> None:
 def shared_settings(args: argparse.Namespace) -> dict[str, int | float | bool | str]:
     """The arguments that may be published: numbers, switches and names of ours, never a path, file name or value."""
     names = {
-        *("method", "forget_scaling", "forget_timestep_schedule", "lr_scheduler", "mixed_precision"),
-        *("prediction_type", "ddpm_beta_schedule"),
+        "method",
+        "forget_scaling",
+        "forget_timestep_schedule",
+        "lr_scheduler",
+        "mixed_precision",
+        "prediction_type",
+        "ddpm_beta_schedule",
     }
     return {
         name: value

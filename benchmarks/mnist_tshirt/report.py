@@ -177,7 +177,7 @@ def groups(lines: dict[str, Line], stage: str) -> dict[tuple[str, str], list[Lin
 
 
 def grouped_table(lines: dict[str, Line], stage: str) -> str:
-    recommended = {"twice": RECOMMENDED, "six_times": THOROUGH}.get(stage)
+    recommended = {"twice": describe(RECOMMENDED), "six_times": describe(THOROUGH)}.get(stage)
     if stage in LONGER:
         rows = longer_rows(lines, stage)
     else:
@@ -187,9 +187,7 @@ def grouped_table(lines: dict[str, Line], stage: str) -> str:
         (
             [
                 variant,
-                f"**{setting}**"
-                if variant == "siss" and recommended and setting == describe(recommended)
-                else setting,
+                f"**{setting}**" if variant == "siss" and setting == recommended else setting,
                 *(str(len(found)), copies(found)),
                 *(spread(found, *column[:3]) for column in COLUMNS),
                 spread(found, "forget_active", 1, 2),
@@ -206,12 +204,13 @@ def summary_table(lines: dict[str, Line]) -> str:
     for variant, settings in LONGER["twice"][1].items():
         setting = next(describe(flags) for flags in settings if "--use_ema" in flags)
         if variant in METHODS and (variant, setting) in found:
-            rows.append((f"`{variant}`", setting, found[variant, setting]))
+            name = f"**`{variant}`**" if variant == "siss" else f"`{variant}`"
+            rows.append((name, setting, found[variant, setting]))
     return table(
         ["", "seeds", "copies", "NLL of the garment", "inception score", "FID", "recognised among strangers (AUC)"],
         (
             [
-                f"**{name}**" if setting == describe(RECOMMENDED) and name == "`siss`" else name,
+                name,
                 str(len(found)),
                 f"{np.mean(values(found, 'copy_share', 100)):.2f} %",
                 *(
@@ -224,7 +223,7 @@ def summary_table(lines: dict[str, Line]) -> str:
                     )
                 ),
             ]
-            for name, setting, found in rows
+            for name, _, found in rows
         ),
     )
 
@@ -246,14 +245,6 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
         ("injected_copy_share", 100, "garment restored from 60 % noise, % of draws", "fid", "FID"),
         ("nll_forget_bpd", 1, "NLL of the garment, bits/dim", "inception_score", "inception score"),
     )
-    # Of the longer runs those with averaged weights, and of enough seeds for bars.
-    with_average = {
-        describe(flags)
-        for _, longer in LONGER.values()
-        for settings in longer.values()
-        for flags in settings
-        if "--use_ema" in flags
-    }
     for axis, (x, factor, x_label, y, y_label) in zip(axes, panels):
         for variant in SWEEP:
             calibrated, color = "calibrated" in variant, COLORS[variant.split(",")[0]]
@@ -262,7 +253,7 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
             dots = {"marker": marker, "s": 10, "alpha": 0.35, "edgecolors": color, "facecolors": fill}
             axis.scatter(values(swept, x, factor), values(swept, y), **dots)
         for name, _, found in final_rows(lines):
-            if name in ("base", "retrained"):
+            if name in REFERENCES:
                 style = {"color": "black", "fmt": REFERENCES[name]}
             else:
                 calibrated, color = "calibrated" in name, COLORS[name.split(",")[0]]
@@ -270,8 +261,9 @@ def plot_pareto(path: Path, lines: dict[str, Line]) -> None:
                 style = {"color": color, "fmt": "s" if calibrated else "o", "markerfacecolor": fill}
             error_bars(axis, found, x, y, factor, zorder=3, **style)
         for stage, (marker, _) in BUDGETS.items():
-            for variant, setting, found in longer_rows(lines, stage):
-                if setting in with_average and len(found) > 1:
+            for variant, _, found in longer_rows(lines, stage):
+                # Averaged weights are what all methods have in common here; bars take two seeds.
+                if "--use_ema" in found[0].get("flags", ()) and len(found) > 1:
                     color = COLORS[variant.split(",")[0]]
                     fill = "white" if "calibrated" in variant else color
                     style = {"color": color, "fmt": marker, "markerfacecolor": fill}
