@@ -1,5 +1,6 @@
 """A network and pairs of images so small that float64 references are cheap; shared by the tests of gradients."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from datetime import timedelta
@@ -105,3 +106,6 @@ def _run_rank(rank: int, function: Callable[[int, int], object], world_size: int
     torch.save(function(rank, world_size), f"{folder}/{rank}.pt")
     dist.barrier()  # none leaves while another still talks to it
     dist.destroy_process_group()
+    # Without the shutdown of the interpreter: DDP and FSDP make torch keep the group and so the threads of gloo, and
+    # one that still frees a tensor during the shutdown aborts the process.
+    os._exit(0)
