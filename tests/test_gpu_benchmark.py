@@ -49,6 +49,7 @@ def test_tiny(tmp_path):
     assert "images/s" in done.stdout and "SD-1.5-size LoRA run" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu():
     done = run_script()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from siss_diffusers import METHODS, GaussianPath, Query
 from siss_diffusers.assets.digits import digit_images, garment_image
+from siss_diffusers.errors import run as run_main
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "mnist_tshirt"
@@ -207,10 +209,12 @@ def start(data: Path, output_dir: Path, *flags: str) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_without_data_there_is_one_sentence(tmp_path):
-    finished = start(tmp_path / "none.npz", tmp_path)
-    assert finished.returncode == 2
-    assert finished.stderr.strip().splitlines()[-1].startswith("run.py: error: --data")
+def test_without_data_there_is_one_sentence(tmp_path, capsys):
+    argv = ["--data", str(tmp_path / "none.npz"), "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as exit_info:
+        run_main(partial(run.main, argv), "run.py")
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("run.py: error: --data")
 
 
 @pytest.mark.slow

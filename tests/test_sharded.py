@@ -114,7 +114,7 @@ def results_of(rank, world_size):
     return results | {"overflow": overflow(rank, world_size)}
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.fixture(scope="module", params=[2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 4))])
 def ranks(request, tmp_path_factory):
     return run_ranks(results_of, request.param, tmp_path_factory.mktemp("ranks"))
 

@@ -77,6 +77,7 @@ def test_digits_from_a_file(step_cost, tmp_path):
     assert all((picture == known).flatten(1).all(1).any() for picture in keep)
 
 
+@pytest.mark.slow
 def test_json(step_cost, capsys):
     step_cost.main("--models unet2d_sd_latents --batches 2 --quick --json".split())
     report = json.loads(capsys.readouterr().out)  # exactly one object, so all else went to stderr

@@ -348,6 +348,7 @@ class TestFewOfManyImages:
         assert alike <= opened and len(opened - alike) <= 2
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(lora_args, tmp_path):
     main(to_argv(lora_args | {"--calibrate_forgetting": None}))
     two = lora_args | {
