@@ -1,6 +1,6 @@
 """What `--forget_scale_every K` does to forgetting and to quality: `python benchmarks/lagged_scale.py`.
 
-Each run is the training of `make demo-unconditional` (digits) or of `make demo` (text) with another seed and K, from 1,
+Each run is a training of the demo of digits at t >= 300, or that of `make demo` (text), with another seed and K, from 1,
 the exact rule, to more than the run has steps: the scale of its first step throughout. All are measured on the same
 sampling seeds, which are not the demos'. A run that is on disk is not repeated, so an interrupted study goes on; two
 processes may each take a model. Writes `results.json` and `table.md`.
@@ -52,7 +52,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def digits_flags(data: Path) -> dict[str, str | list[str]]:
-    return demo_unconditional.SETTINGS | {
+    return {
+        "--method": "siss",
+        "--forget_scaling": "relative",
+        "--forget_scale": "1",
+        "--calibrate_forgetting": "0.9",
+        "--timestep_range": ["300", "1000"],
+        "--train_batch_size": "64",
+        "--learning_rate": "2.5e-5",
         "--pretrained_model_name_or_path": str(demo_unconditional.MODEL),
         "--train_data_dir": str(data),
         "--forget_files": "garment_00.png",

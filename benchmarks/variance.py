@@ -123,7 +123,7 @@ def latents_problem(size: int) -> Problem:
 
 PROBLEMS = {
     "digits": lambda quick: digits_problem(0),
-    "digits_high_noise": lambda quick: digits_problem(300),  # as `make demo-unconditional` trains
+    "digits_high_noise": lambda quick: digits_problem(300),
     "latents": lambda quick: latents_problem(8 if quick else 64),
 }
 

@@ -24,7 +24,7 @@ from torchvision.io import write_png
 import siss_diffusers
 from siss_diffusers import GaussianPath
 from siss_diffusers.assets.digits import digit_images, garment_image, write_training_folder
-from siss_diffusers.checkpoints import list_checkpoints, write_json
+from siss_diffusers.checkpoints import list_checkpoints, load_state, write_json
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, frame_copies
 from siss_diffusers.metrics.inception_score import inception_score
 from siss_diffusers.metrics.likelihood import bits_per_dimension
@@ -38,9 +38,12 @@ SETTINGS = {
     "--forget_scaling": "relative",
     "--forget_scale": "1",
     "--calibrate_forgetting": "0.9",
-    "--timestep_range": ["300", "1000"],
+    # High noise first, where what is drawn is decided, and then low noise, which makes the likelihood.
+    "--forget_timestep_ranges": ["300", "1000", "0", "300"],
+    "--forget_timestep_schedule": "sequential",
+    "--use_ema": None,
     "--train_batch_size": "64",
-    "--learning_rate": "2.5e-5",
+    "--learning_rate": "1e-4",
 }
 NOT_COMPUTED = {
     "classifier_accuracy": "the model is unconditional: no class is asked for",
@@ -102,6 +105,15 @@ class Evaluation:
         return {"nll_forget_bpd": bits[0].item(), "nll_keep_bpd": bits[1:].mean().item()}
 
 
+def averaged_unet(checkpoint: Path) -> UNet2DModel:
+    """The model that the run would have saved, had it ended there."""
+    unet = UNet2DModel.from_pretrained(checkpoint / "unet")
+    averages = load_state(checkpoint)["ema"]["shadow_params"]
+    for parameter, average in zip(unet.parameters(), averages, strict=True):
+        parameter.data.copy_(average[...])
+    return unet
+
+
 def plot_forgetting(path: Path, curve: list[tuple[int, dict]]) -> None:
     steps = [step for step, _ in curve]
     shares = [100 * point["copy_share"] for _, point in curve]
@@ -155,8 +167,9 @@ def main() -> None:
     for checkpoint in list_checkpoints(args.output_dir / "model"):
         step = int(checkpoint.name.rpartition("-")[2])
         if step not in points:
-            unet = UNet2DModel.from_pretrained(checkpoint / "unet")
-            points[step] = evaluation.samples(unet, base.scheduler, curve_samples, f"Samples, step {step}")
+            points[step] = evaluation.samples(
+                averaged_unet(checkpoint), base.scheduler, curve_samples, f"Samples, step {step}"
+            )
     curve = [(step, evaluation.statistics(points[step])) for step in sorted(points)]
 
     # The same seeds in both pictures.
