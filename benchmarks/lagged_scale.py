@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def digits_flags(data: Path) -> dict[str, str | list[str]]:
+    # Those that the table in README.md was made with; the demo has taken others since.
     return {
         "--method": "siss",
         "--forget_scaling": "relative",
