@@ -35,7 +35,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["siss_diffusers", "siss_diffusers.*"]),
     py_modules=["train_siss_unconditional", "train_siss_sd"],
-    entry_points={"console_scripts": ["siss=siss_diffusers.cli:cli"]},
+    entry_points={"console_scripts": ["siss=siss_diffusers.commands.cli:cli"]},
     package_data={"siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"]},
     install_requires=[
         "torch>=2.6",

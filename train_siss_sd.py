@@ -22,73 +22,68 @@ from diffusers.utils import check_min_version
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from siss_diffusers import GaussianPath, PairedGradients, Query, Rows
-from siss_diffusers.arguments import (
+from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, measure_thresholds
+from siss_diffusers.data.captions import load_captions, same_captions
+from siss_diffusers.data.images import ImageTransform
+from siss_diffusers.data.latents import MAX_NEIGHBOR_CANDIDATES, Latents, nearest_neighbors
+from siss_diffusers.data.pairs import PairDataset, WindowSampler, first_positions, window_loader
+from siss_diffusers.data.split import split_data
+from siss_diffusers.draws import ADAPTER, MODEL, shuffled_index, torch_seed
+from siss_diffusers.errors import UsageError
+from siss_diffusers.families.stable_diffusion import check_stable_diffusion, choose_resolution
+from siss_diffusers.families.trust import loading
+from siss_diffusers.flags import (
     Parser,
     add_training_arguments,
     add_unlearning_arguments,
-    check_output_dir,
     check_training_arguments,
     check_unlearning_arguments,
-    clear_output_dir,
     non_negative_float,
     positive_float,
     positive_int,
-    program_name,
     unit_float,
 )
-from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, measure_thresholds
-from siss_diffusers.checkpoints import load_state, tidy
-from siss_diffusers.data import (
-    MAX_NEIGHBOR_CANDIDATES,
-    ImageTransform,
-    Latents,
-    PairDataset,
-    WindowSampler,
-    first_positions,
-    load_captions,
-    nearest_neighbors,
-    same_captions,
-    split_data,
-    window_loader,
-)
-from siss_diffusers.draws import ADAPTER, MODEL, shuffled_index, torch_seed
-from siss_diffusers.errors import UsageError, run
-from siss_diffusers.lora import ATTENTION_PROJECTIONS, LORA_FILE, add_lora, check_target_modules, load_lora, save_lora
 from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES, CopyDetectors, copy_statistics, for_detectors
 from siss_diffusers.metrics.sampling import sample_prompts
 from siss_diffusers.noising import min_snr_weight
-from siss_diffusers.pipelines import check_stable_diffusion, choose_resolution, loading
-from siss_diffusers.receipt import write_receipt
-from siss_diffusers.sharding import is_sharded, load_model, reshard, save_model, save_pipeline
-from siss_diffusers.training import (
-    DataPart,
-    StepLog,
-    StopSignal,
-    averaged_weights,
-    check_resumed,
-    current_forget_range,
-    describe_run,
-    find_resumed,
-    finish,
-    initial_state,
-    lagged_forget_scale,
-    log_sample_images,
-    log_validation,
+from siss_diffusers.process import program_name, run
+from siss_diffusers.storage.checkpoints import tidy
+from siss_diffusers.storage.sharding import is_sharded, load_model, reshard, save_model, save_pipeline
+from siss_diffusers.storage.tensors import load_state
+from siss_diffusers.training.adapters import (
+    ATTENTION_PROJECTIONS,
+    LORA_FILE,
+    add_lora,
+    check_target_modules,
+    load_lora,
+    save_lora,
+)
+from siss_diffusers.training.engines import (
     make_accelerator,
     make_optimizer,
-    planned_positions,
-    prepare_repository,
+    start_trackers,
+    take_step,
+    trained_network,
+    without_sync,
+)
+from siss_diffusers.training.log import StepLog
+from siss_diffusers.training.output_dir import check_output_dir, clear_output_dir
+from siss_diffusers.training.publish import finish, prepare_repository
+from siss_diffusers.training.receipt import write_receipt
+from siss_diffusers.training.record import write_report
+from siss_diffusers.training.resume import DataPart, check_resumed, describe_run, find_resumed, planned_positions
+from siss_diffusers.training.schedule import current_forget_range, timestep_ranges
+from siss_diffusers.training.signals import StopSignal
+from siss_diffusers.training.state import (
+    averaged_weights,
+    initial_state,
+    lagged_forget_scale,
     restore_training_state,
     save_together,
     save_training_state,
-    start_trackers,
-    take_step,
-    timestep_ranges,
-    trained_network,
-    without_sync,
     write_checkpoints,
-    write_report,
 )
+from siss_diffusers.training.validation import log_sample_images, log_validation
 
 
 check_min_version("0.42.0")

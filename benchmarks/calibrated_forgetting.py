@@ -24,7 +24,7 @@ from demo_sd import MODEL, SETTINGS, Evaluation, load_pipeline
 from launching import launch
 
 from siss_diffusers.assets.captioned import DIGIT_CAPTIONS, FLOWER_CAPTION, write_training_folder
-from siss_diffusers.checkpoints import write_json
+from siss_diffusers.storage.files import write_json
 
 
 STEPS = (100, 300)

@@ -33,8 +33,9 @@ from step_cost_sd import LAM, MAX_GRAD_NORM, PROMPT_LENGTH
 from torch.utils.flop_counter import FlopCounterMode
 
 from siss_diffusers import METHODS, GaussianPath, PairedGradients, Query, scaling_rule
-from siss_diffusers.errors import UsageError, run
-from siss_diffusers.lora import ATTENTION_PROJECTIONS, add_lora
+from siss_diffusers.errors import UsageError
+from siss_diffusers.process import run
+from siss_diffusers.training.adapters import ATTENTION_PROJECTIONS, add_lora
 
 
 VARIANTS = ("plain", "siss", "siss_lagged", "plain_lora", "siss_lora")

@@ -23,7 +23,7 @@ import demo_unconditional
 from launching import launch
 
 from siss_diffusers.assets import captioned, digits
-from siss_diffusers.checkpoints import write_json
+from siss_diffusers.storage.files import write_json
 
 
 COLUMNS = {

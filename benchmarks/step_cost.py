@@ -26,7 +26,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from siss_diffusers import METHODS, GaussianPath, PairedGradients, Query, importance_weights, scaling_rule
 from siss_diffusers.assets.digits import digit_images, garment_image
-from siss_diffusers.gradients import split_by_side
+from siss_diffusers.gradients.grouping import split_by_side
 
 
 VARIANTS = ("plain", "siss", "siss_lagged", "siss_no_is", "two_backward")

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from siss_diffusers import METHODS, GaussianPath, PairedGradients, Query, importance_weights, scaling_rule
-from siss_diffusers.lora import ATTENTION_PROJECTIONS, add_lora
+from siss_diffusers.training.adapters import ATTENTION_PROJECTIONS, add_lora
 
 
 VARIANTS = ("plain_cached", "plain", "siss", "two_backward", "plain_lora", "siss_lora")

@@ -44,7 +44,8 @@ from siss_diffusers import METHODS, GaussianPath, Method, PairedGradients, Query
 from siss_diffusers import assets as assets_package
 from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.draws import PAIR, keyed_generator, mixture_components
-from siss_diffusers.gradients import inner_products, split_by_side
+from siss_diffusers.gradients.buffers import inner_products
+from siss_diffusers.gradients.grouping import split_by_side
 
 
 GROUPS = 10

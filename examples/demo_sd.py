@@ -30,10 +30,11 @@ from siss_diffusers.assets.captioned import (
     memorized_image,
     write_training_folder,
 )
-from siss_diffusers.checkpoints import list_checkpoints, write_json
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, frame_copies, pixel_l2
 from siss_diffusers.metrics.sampling import sample_prompts
 from siss_diffusers.metrics.sharpness import sharpness
+from siss_diffusers.storage.checkpoints import list_checkpoints
+from siss_diffusers.storage.files import write_json
 
 
 MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_sd"

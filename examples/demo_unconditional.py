@@ -24,11 +24,13 @@ from torchvision.io import write_png
 import siss_diffusers
 from siss_diffusers import GaussianPath
 from siss_diffusers.assets.digits import digit_images, garment_image, write_training_folder
-from siss_diffusers.checkpoints import list_checkpoints, load_state, write_json
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, frame_copies
 from siss_diffusers.metrics.inception_score import inception_score
 from siss_diffusers.metrics.likelihood import bits_per_dimension
 from siss_diffusers.metrics.sampling import sample_images
+from siss_diffusers.storage.checkpoints import list_checkpoints
+from siss_diffusers.storage.files import write_json
+from siss_diffusers.storage.tensors import load_state
 
 
 MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_ddpm_digits"

@@ -1,4 +1,4 @@
-from siss_diffusers.cli import cli
+from siss_diffusers.commands.cli import cli
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from siss_diffusers.draws import CALIBRATION, keyed_generator
-from siss_diffusers.gradients import mean_squared_error
-from siss_diffusers.noising import GaussianPath
+from siss_diffusers.noising import GaussianPath, mean_squared_error
 
 
 NUM_BINS = 20

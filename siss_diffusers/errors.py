@@ -1,10 +1,6 @@
-"""What ends a run early: one exception for each exit code, and one sentence on stderr."""
+"""What ends a run early: one exception for each exit code, and one sentence for people."""
 
-import os
 import signal
-import sys
-from collections.abc import Callable
-from typing import NoReturn
 
 
 class UsageError(ValueError):
@@ -32,37 +28,7 @@ def one_line(message: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
 
 
-# An exception out of a signal's handler is lost where some object is just being finalized, or where a library catches all
-# of them: after so many seconds the signal is sent once more.
-SEND_AGAIN_SECONDS = 1.0
-
-
-def _terminate(number: int, _: object) -> NoReturn:
-    signal.setitimer(signal.ITIMER_REAL, SEND_AGAIN_SECONDS)
-    raise Interrupted(number)
-
-
-def _send_again(*_: object) -> None:
-    # To whoever handles it by now: in training it is asked to stop after the step.
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def run(main: Callable[[], None], program: str) -> NoReturn:
-    """Call `main` and exit: 0 done; 2 bad usage or bad input; 130 and 143 after SIGINT and SIGTERM; 1 anything else."""
-    handlers = {signal.SIGTERM: _terminate, signal.SIGALRM: _send_again}
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        main()
-    except (UsageError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0":  # every process finds the same fault; one says so
-            print(f"{program}: error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except Interrupted as error:
-        sys.exit(128 + error.signal_number)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    sys.exit(0)
+def describe_error(error: BaseException) -> str:
+    """What an error says, in one line, with its kind where that is needed to understand it."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__} {line}".strip()

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over pixels for each row, `(R,)`. The mean, not the sum, goes backward: a sum would overflow fp16."""
+    return (output - target).square().flatten(1).mean(1)
+
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 import siss_diffusers
 from siss_diffusers.assets.digits import digit_images, garment_image
-from siss_diffusers.cli import main as siss
-from siss_diffusers.errors import run
+from siss_diffusers.commands.cli import main as siss
+from siss_diffusers.process import run
 
 
 TINY_MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_ddpm_digits"

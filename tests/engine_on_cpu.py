@@ -13,7 +13,7 @@ from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, TorchDynamoPlugin
 
-from siss_diffusers.errors import run
+from siss_diffusers.process import run
 
 
 def enter(engine: str) -> None:

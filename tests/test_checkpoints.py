@@ -8,22 +8,18 @@ from conftest import TINY_MODEL
 from diffusers import UNet2DModel
 
 from siss_diffusers import checkpoints
-from siss_diffusers.checkpoints import (
+from siss_diffusers.errors import RunError, UsageError
+from siss_diffusers.storage.checkpoints import (
     MANIFEST,
-    append_json_line,
     damage,
     find_checkpoint,
     list_checkpoints,
-    load_state,
-    open_tensors,
     save_checkpoint,
     save_result,
-    save_state,
     tidy,
-    truncate_json_lines,
-    write_tensors,
 )
-from siss_diffusers.errors import RunError, UsageError
+from siss_diffusers.storage.files import append_json_line, truncate_json_lines
+from siss_diffusers.storage.tensors import load_state, open_tensors, save_state, write_tensors
 
 
 @pytest.mark.parametrize("file_bytes", [2**30, 100], ids=["one file", "several files"])

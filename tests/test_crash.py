@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_train_siss_sd import LORA, captioned_folder, full_args, lora_args, model  # noqa: F401
 from test_train_siss_unconditional import WEIGHTS, read_log, without_times
 
-from siss_diffusers.checkpoints import damage, list_checkpoints
+from siss_diffusers.storage.checkpoints import damage, list_checkpoints
 
 
 STEPS, LIMIT = 8, 2

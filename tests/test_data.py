@@ -12,21 +12,13 @@ from conftest import write_images
 from PIL import Image
 
 from siss_diffusers import draws
-from siss_diffusers.data import (
-    Images,
-    ImageTransform,
-    KeepOrder,
-    PairDataset,
-    WindowSampler,
-    check_image_paths,
-    digest_images,
-    forget_rows_of,
-    load_captions,
-    nearest_neighbors,
-    same_captions,
-    to_channels,
-    window_loader,
-)
+from siss_diffusers.data.captions import load_captions, same_captions
+from siss_diffusers.data.forget_set import forget_rows_of
+from siss_diffusers.data.images import Images, ImageTransform, to_channels
+from siss_diffusers.data.keep_order import KeepOrder, digest_images
+from siss_diffusers.data.latents import nearest_neighbors
+from siss_diffusers.data.pairs import PairDataset, WindowSampler, window_loader
+from siss_diffusers.data.sources import check_image_paths
 from siss_diffusers.errors import UsageError
 from siss_diffusers.methods import SISS, EraseDiff, ReTrack
 

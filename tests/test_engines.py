@@ -22,7 +22,7 @@ from test_train_siss_sd import captioned_folder, full_args, model  # noqa: F401 
 from test_train_siss_unconditional import assert_same_gradients, read_log
 from tiny_problem import relative_error
 
-from siss_diffusers.checkpoints import read_json
+from siss_diffusers.storage.files import read_json
 
 
 ON_CPU = str(Path(__file__).with_name("engine_on_cpu.py"))

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from siss_diffusers.errors import run
+from siss_diffusers.process import run
 
 
 class SignalledAtItsEnd:

@@ -20,8 +20,8 @@ from siss_diffusers.assets.captioned import (
     flower_images,
     memorized_image,
 )
-from siss_diffusers.lora import ATTENTION_PROJECTIONS, add_lora, save_lora
 from siss_diffusers.metrics.copies import wilson_interval
+from siss_diffusers.training.adapters import ATTENTION_PROJECTIONS, add_lora, save_lora
 
 
 TINY_SD = Path(siss_diffusers.__file__).parent / "assets" / "tiny_sd"

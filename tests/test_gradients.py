@@ -18,7 +18,9 @@ from tiny_problem import (
 )
 
 from siss_diffusers import METHODS, PairedGradients, scaling_rule
-from siss_diffusers.gradients import STATS, inner_products, split_by_side
+from siss_diffusers.gradients.buffers import inner_products
+from siss_diffusers.gradients.engine import STATS
+from siss_diffusers.gradients.grouping import split_by_side
 from siss_diffusers.methods import SISS
 
 

@@ -17,7 +17,9 @@ from PIL import Image
 from test_train_siss_sd import LORA, captioned_folder, full_args, lora_args, model, read_metadata, write_metadata  # noqa: F401
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.hub import CARD_MARK, collect, only_figures, weights_digest
+from siss_diffusers.hub.card import CARD_MARK
+from siss_diffusers.hub.contents import only_figures, weights_digest
+from siss_diffusers.hub.upload import collect
 
 
 BASE, TOKEN, READ_TOKEN = "base/tiny-sd", "hf_write", "hf_read"

@@ -7,7 +7,7 @@ from test_train_siss_sd import predict
 from tiny_sd import save_pipeline
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.lora import add_lora, check_target_modules, load_lora, save_lora
+from siss_diffusers.training.adapters import add_lora, check_target_modules, load_lora, save_lora
 
 
 RANK, ALPHA = 3, 7.5

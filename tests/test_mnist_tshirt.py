@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from siss_diffusers import METHODS, GaussianPath, Query
 from siss_diffusers.assets.digits import digit_images, garment_image
-from siss_diffusers.errors import run as run_main
+from siss_diffusers.process import run as run_main
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "mnist_tshirt"

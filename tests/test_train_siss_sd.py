@@ -17,10 +17,10 @@ from test_train_siss_unconditional import ROOT, assert_same_gradients, launch, r
 from tiny_sd import save_pipeline
 
 from siss_diffusers import METHODS
-from siss_diffusers.arguments import check_unlearning_arguments
 from siss_diffusers.assets.captioned import captioned_images
-from siss_diffusers.checkpoints import write_json
-from siss_diffusers.data import Images
+from siss_diffusers.data.images import Images
+from siss_diffusers.flags import check_unlearning_arguments
+from siss_diffusers.storage.files import write_json
 from train_siss_sd import Prompts, main, parse_args
 
 

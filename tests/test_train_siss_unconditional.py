@@ -24,10 +24,11 @@ from torch._dynamo.utils import counters
 import train_siss_unconditional
 from siss_diffusers import METHODS
 from siss_diffusers.assets.digits import digit_images, garment_image
-from siss_diffusers.data import Images
-from siss_diffusers.errors import RunError, run
-from siss_diffusers.hub import hyperparameters
-from siss_diffusers.training import current_forget_range
+from siss_diffusers.data.images import Images
+from siss_diffusers.errors import RunError
+from siss_diffusers.hub.card import hyperparameters
+from siss_diffusers.process import run
+from siss_diffusers.training.schedule import current_forget_range
 from train_siss_unconditional import main
 
 

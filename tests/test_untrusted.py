@@ -34,19 +34,16 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 import siss_diffusers
 import train_siss_sd
 import train_siss_unconditional
-from siss_diffusers.arguments import (
-    Parser,
-    check_training_arguments,
-    check_unlearning_arguments,
-)
 from siss_diffusers.assets.make_tiny_sd import make_tokenizer
-from siss_diffusers.audit import load_training_images
-from siss_diffusers.data import Images, ImageTransform, check_image_paths, load_image_rows
+from siss_diffusers.commands.audit import load_training_images
+from siss_diffusers.commands.common import load_stable_diffusion
+from siss_diffusers.data.images import Images, ImageTransform
+from siss_diffusers.data.sources import check_image_paths, load_image_rows
 from siss_diffusers.errors import UsageError
-from siss_diffusers.evaluate import is_adapter
+from siss_diffusers.families.trust import is_adapter
+from siss_diffusers.flags import Parser, check_training_arguments, check_unlearning_arguments
 from siss_diffusers.metrics.clip import Clip
 from siss_diffusers.metrics.features import load_torchscript
-from siss_diffusers.pipelines import load_stable_diffusion
 
 
 SOURCES = [*Path(siss_diffusers.__file__).parent.rglob("*.py")]

@@ -6,13 +6,13 @@ from problem import Classifier, Problem
 from torch import Tensor
 
 from siss_diffusers import GaussianPath
-from siss_diffusers.gradients import mean_squared_error
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
 from siss_diffusers.metrics.distribution import frechet_distance, kernel_distance
 from siss_diffusers.metrics.inception_score import inception_score
 from siss_diffusers.metrics.injection import denoised_injections
 from siss_diffusers.metrics.likelihood import bits_per_dimension
 from siss_diffusers.metrics.sampling import sample_images
+from siss_diffusers.noising import mean_squared_error
 
 
 BATCH_SIZE = 128

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from siss_diffusers.assets.digits import garment_image
 from siss_diffusers.assets.make_tiny_ddpm import train_ddpm
-from siss_diffusers.checkpoints import write_json
 from siss_diffusers.errors import UsageError
+from siss_diffusers.storage.files import write_json
 
 
 GARMENT_SHARE = 0.01

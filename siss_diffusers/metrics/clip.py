@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siss_diffusers.pipelines import loading
+from siss_diffusers.families.trust import loading
 
 
 # What every CLIP was trained with.

@@ -1,4 +1,4 @@
-"""LoRA adapters of the UNet: thin calls into peft and diffusers."""
+"""LoRA adapters: thin calls into peft and diffusers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.sharding import gathered, load_into
+from siss_diffusers.storage.sharding import gathered, load_into
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -1,26 +1,22 @@
 """The gradient engine: two gradients per optimizer step, one collective, no copy that is not needed."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from siss_diffusers.combine import Products, Rule
+from siss_diffusers.gradients.buffers import combined_square, inner_products, local
+from siss_diffusers.gradients.grouping import split_by_side, split_in_lockstep
 from siss_diffusers.methods.base import Rows
+from siss_diffusers.noising import mean_squared_error
 
-
-# Inner products are taken in float64, for a float32 sum of squares over millions of elements is off by 1e-4; in chunks,
-# which bounds the memory of the float64 copy and keeps below BLAS's limit of 2^31 elements. On a CPU the chunks are
-# small enough for the allocator to reuse: at 2^22 elements each came fresh from the system, at a sixth of a step.
-CPU_DOT_CHUNK, DOT_CHUNK = 2**19, 2**22
 
 # What travels with the gradients in the one collective; sums over the pairs of the whole window and all ranks.
 STATS = ("ranks", "pairs", "keep_loss", "forget_loss", "keep_weight", "forget_weight", "active_weight", "stop")
-
 UNKNOWN = Products(math.nan, math.nan, math.nan)
 
 
@@ -50,39 +46,6 @@ class StepStats:
     skipped: bool
     non_finite: dict[str, list[int]]
     stop: bool
-
-
-def split_in_lockstep(rows: Rows) -> Iterator[tuple[Rows, bool, bool]]:
-    """As `split_by_side`, with the same number of groups on every rank: one for each side that the method has. Where no
-    row serves it, one of weight zero does, for each forward and backward of a sharded network waits for all ranks."""
-    for target, weight, serves_keep in (
-        (rows.keep_target, rows.keep_weight, True),
-        (rows.forget_target, rows.forget_weight, False),
-    ):
-        if target is not None:
-            index = (weight != 0).nonzero().flatten()
-            yield rows[index if len(index) else torch.zeros(1, dtype=torch.long)], serves_keep, not serves_keep
-
-
-def split_by_side(rows: Rows) -> Iterator[tuple[Rows, bool, bool]]:
-    """Group rows so that none is run backward for a side on which its weight is zero.
-
-    Yields:
-        `(rows, serves_keep, serves_forget)`: the rows of the keep side and those of the forget side; where more than an
-        eighth serve both, these in a group of their own. The weights are on the host, so nothing here waits for a device.
-    """
-    # Not "> 0": a NaN weight must reach the gradient and skip the step, not drop out of sight.
-    keep, forget = rows.keep_weight != 0, rows.forget_weight != 0
-    both = keep & forget
-    groups = [(keep, True, False), (forget, False, True)]
-    # Another forward of a few rows costs less than a third batch, which on two cores and a narrow network costs as much
-    # as five rows before the first of them; with many, the other two batches would also need more memory.
-    if both.sum() > len(rows) / 8:
-        groups = [(keep & ~both, True, False), (forget & ~both, False, True), (both, True, True)]
-    for mask, serves_keep, serves_forget in groups:
-        index = mask.nonzero().flatten()
-        if len(index):
-            yield rows[index], serves_keep, serves_forget
 
 
 class PairedGradients:
@@ -435,33 +398,3 @@ class PairedGradients:
         else:
             self.keep.fill_(math.inf)
             self._fill(self.keep_views)
-
-
-def local(parameter: nn.Parameter) -> Tensor:
-    """This rank's shard of a parameter; the whole of one that is not sharded."""
-    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
-
-
-def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over pixels for each row, `(R,)`. The mean, not the sum, goes backward: a sum would overflow fp16."""
-    return (output - target).square().flatten(1).mean(1)
-
-
-def inner_products(*flats: Tensor) -> Tensor:
-    """Inner products of flat float32 tensors, each with itself and with every later one, in float64 and in one pass.
-
-    Returns:
-        For one tensor `<a, a>`, for two `<a, a>`, `<a, b>` and `<b, b>`.
-    """
-    size = CPU_DOT_CHUNK if flats[0].device.type == "cpu" else DOT_CHUNK
-    sums = []
-    for chunks in zip(*(flat.split(size) for flat in flats)):
-        chunks = [chunk.double() for chunk in chunks]
-        sums.append(torch.stack([torch.dot(a, b) for a, b in combinations_with_replacement(chunks, 2)]))
-    return torch.stack(sums).sum(0)
-
-
-def combined_square(products: Products, coefficients: tuple[float, float]) -> float:
-    """Squared norm of `c_keep g_keep + c_forget g_forget`."""
-    (k, f), (kk, kf, ff) = coefficients, products
-    return max(k * k * kk + 2 * k * f * kf + f * f * ff, 0.0)

@@ -15,16 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from siss_diffusers.arguments import positive_int
-from siss_diffusers.checkpoints import write_json
-from siss_diffusers.data import ImageTransform, load_rows, read_image, reason
-from siss_diffusers.errors import UsageError
-from siss_diffusers.metrics.copies import correlation, for_detectors
-from siss_diffusers.metrics.noise_norm import TextNoiseNorms, first_noise_norm, mean_noise_norm
-from siss_diffusers.noising import GaussianPath
-from siss_diffusers.pipelines import (
+from siss_diffusers.commands.common import (
     add_sampling_arguments,
-    check_stable_diffusion,
     load_resolution,
     load_stable_diffusion,
     on_all_processes,
@@ -33,6 +25,15 @@ from siss_diffusers.pipelines import (
     sample_batch,
     warn_of_long_prompts,
 )
+from siss_diffusers.data.images import ImageTransform, read_image
+from siss_diffusers.data.sources import load_rows
+from siss_diffusers.errors import UsageError, describe_error
+from siss_diffusers.families.stable_diffusion import check_stable_diffusion
+from siss_diffusers.flags import positive_int
+from siss_diffusers.metrics.copies import correlation, for_detectors
+from siss_diffusers.metrics.noise_norm import TextNoiseNorms, first_noise_norm, mean_noise_norm
+from siss_diffusers.noising import GaussianPath
+from siss_diffusers.storage.files import write_json
 
 
 # What an audit is made of; another value of any of these makes another audit.
@@ -114,7 +115,7 @@ def load_training_images(folder: str, side: int) -> tuple[list[str], Tensor]:
         try:
             pictures.append(for_detectors(transform(read_image(file))[None] / 2 + 0.5)[0])
         except ValueError as error:
-            raise UsageError(f"--train_data_dir: cannot read {file} ({reason(error)}); repair or remove it")
+            raise UsageError(f"--train_data_dir: cannot read {file} ({describe_error(error)}); repair or remove it")
     return [file.relative_to(folder).as_posix() for file in files], torch.stack(pictures)
 
 

@@ -20,7 +20,21 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor
 
-from siss_diffusers.arguments import (
+from siss_diffusers.commands.common import (
+    add_sampling_arguments,
+    encode,
+    load_resolution,
+    load_stable_diffusion,
+    on_all_processes,
+    read_prompts,
+    warn_of_long_prompts,
+)
+from siss_diffusers.data.captions import load_captions
+from siss_diffusers.data.images import Images, ImageTransform
+from siss_diffusers.data.split import split_data
+from siss_diffusers.errors import UsageError
+from siss_diffusers.families.trust import is_adapter, load_pipeline_class, loading
+from siss_diffusers.flags import (
     add_forget_set_arguments,
     check_forget_set_arguments,
     natural_number,
@@ -28,10 +42,7 @@ from siss_diffusers.arguments import (
     positive_float,
     positive_int,
 )
-from siss_diffusers.checkpoints import write_json
-from siss_diffusers.data import Images, ImageTransform, load_captions, split_data
-from siss_diffusers.errors import UsageError
-from siss_diffusers.hub import weights_digest
+from siss_diffusers.hub.contents import weights_digest
 from siss_diffusers.metrics.clip import QUALITY_PROMPTS, Clip, clip_iqa, clip_score
 from siss_diffusers.metrics.clusters import CopyCluster
 from siss_diffusers.metrics.copies import (
@@ -53,21 +64,8 @@ from siss_diffusers.metrics.noise_norm import TextNoiseNorms
 from siss_diffusers.metrics.sampling import sample_images, sample_prompts
 from siss_diffusers.metrics.sharpness import sharpness
 from siss_diffusers.noising import GaussianPath
-from siss_diffusers.pipelines import (
-    ONLY_PICKLES,
-    PICKLES,
-    add_sampling_arguments,
-    check_safetensors,
-    encode,
-    load_pipeline_class,
-    load_resolution,
-    load_stable_diffusion,
-    loading,
-    on_all_processes,
-    read_prompts,
-    warn_of_long_prompts,
-)
 from siss_diffusers.report import write_report
+from siss_diffusers.storage.files import write_json
 
 
 INJECTION_TIMES, INJECTION_DRAWS = (0.2, 0.4, 0.6, 0.8), 4  # times as shares of the schedule
@@ -652,31 +650,6 @@ class StableDiffusion(Model):
 
 def flag_of(name: str) -> str:
     return f"--{name}" if name in ("base", "unlearned") else "--also"
-
-
-def is_adapter(where: str, flag: str) -> bool:
-    """Whether a folder or a repository on the Hub holds LoRA weights and no pipeline.
-
-    Raises:
-        UsageError: for weights that are pickles.
-    """
-    check_safetensors(where, flag)
-    folder = Path(where)
-    if os.path.isdir(where):
-        return not (folder / "model_index.json").exists() and any(folder.glob("*lora*.safetensors"))
-    from huggingface_hub import list_repo_files
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    try:
-        files = list_repo_files(where)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
-        return False
-    found = [name for name in files if "lora" in name and name.endswith((".safetensors", *PICKLES))]
-    if "model_index.json" in files or not found:
-        return False
-    if not any(name.endswith(".safetensors") for name in found):
-        raise UsageError(f"{flag}: {where} {ONLY_PICKLES.format(found[0])}")
-    return True
 
 
 def check_arguments(args: argparse.Namespace) -> tuple[dict[str, str], bool]:

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from siss_diffusers.checkpoints import write_json
+from siss_diffusers.storage.files import write_json
 
 
 def write_receipt(path: Path, digests: Sequence[bytes]) -> None:

@@ -1,41 +1,26 @@
-"""Stable Diffusion pipelines for the commands of `siss`: flags, loading, and samples shared out over processes."""
+"""What the commands of `siss` share."""
 
 import argparse
 import logging
-import math
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from siss_diffusers.arguments import non_negative_float, positive_int, seed_number
-from siss_diffusers.checkpoints import read_json
-from siss_diffusers.data import reason
-from siss_diffusers.errors import UsageError
+from siss_diffusers.errors import UsageError, describe_error
+from siss_diffusers.families.stable_diffusion import check_stable_diffusion, choose_resolution
+from siss_diffusers.families.trust import check_safetensors, loading
+from siss_diffusers.flags import non_negative_float, positive_int, seed_number
 from siss_diffusers.metrics.sampling import sample_prompts
+from siss_diffusers.storage.files import read_json
 
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 logger = logging.getLogger(__name__)
-
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-ONLY_PICKLES = (
-    "holds its weights as pickles ({}), which can run code when they are read; save them as safetensors in a place that"
-    " you trust, by loading and `save_pretrained(..., safe_serialization=True)`, or name a revision that has them"
-)
-OWN_CODE = (
-    "brings code of its own ({}), which is never run; use a model made of the classes of diffusers and transformers"
-)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -55,109 +40,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> 
         default="float32",
         help="Precision of the model; default: float32.",
     )
-
-
-def check_safetensors(name: str | Path, flag: str) -> None:
-    """Of a local folder, of a pipeline or of one model, that the weights to be read are no pickles.
-
-    Raises:
-        UsageError: naming the file that is one.
-    """
-    folder = Path(name)
-    if os.path.isfile(name):
-        folders = [folder] if folder.suffix in PICKLES else []
-    elif os.path.isfile(folder / "model_index.json"):
-        folders = [folder / part for part in ("unet", "vae", "text_encoder")]
-    else:
-        folders = [folder]
-    for part in folders:
-        files = [part] if os.path.isfile(part) else sorted(part.iterdir()) if os.path.isdir(part) else []
-        pickles = [file for file in files if file.suffix in PICKLES]
-        if pickles and not any(file.suffix == ".safetensors" for file in files):
-            raise UsageError(f"{flag}: {name} {ONLY_PICKLES.format(pickles[0].name)}")
-
-
-def check_components(config: dict, name: str, flag: str) -> None:
-    """
-    Raises:
-        UsageError: for a pipeline, by its model_index.json, of anything but classes of the libraries.
-    """
-    from diffusers import pipelines
-
-    if isinstance(config["_class_name"], list):
-        raise UsageError(f"{flag}: {name} {OWN_CODE.format('pipeline ' + '.'.join(map(str, config['_class_name'])))}")
-    for component, value in config.items():
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and component[0] != "_":
-            if value[0] not in ("diffusers", "transformers") and not hasattr(pipelines, value[0]):
-                raise UsageError(f"{flag}: {name} {OWN_CODE.format(f'{component} of {value[0]}')}")
-
-
-@contextmanager
-def loading(name: str | Path, flag: str) -> Iterator[None]:
-    """Inside, a model or its configuration is read from a folder or the Hub, by `use_safetensors=True`.
-
-    Raises:
-        UsageError: in one sentence, for pickles, for code, and for whatever else is wrong with the files.
-    """
-    try:
-        check_safetensors(name, flag)
-        yield
-    except UsageError:
-        raise
-    except Exception as error:  # whatever the libraries make of a broken file
-        if "custom code" in str(error) or "trust_remote_code" in str(error):
-            raise UsageError(f"{flag}: {name} {OWN_CODE.format(reason(error))}") from error
-        hint = ""
-        if re.search(r"safetensors.*(found|weights)|file named .*safetensors", str(error)):
-            hint = "; pickles are not read, for they can run code"
-        raise UsageError(f"{flag}: {name} cannot be loaded ({reason(error)}){hint}") from error
-
-
-def load_pipeline_class(name: str, flag: str, **where: str | None) -> str:
-    """The class of a pipeline, from its configuration.
-
-    Raises:
-        UsageError: where there is no pipeline, or one that is not to be read.
-    """
-    from diffusers import DiffusionPipeline
-
-    check_safetensors(name, flag)
-    try:
-        config = DiffusionPipeline.load_config(name, **where)
-        check_components(config, name, flag)
-        return config["_class_name"]
-    except UsageError:
-        raise
-    except Exception as error:  # whatever is there instead
-        raise UsageError(f"{flag}: {name} is no diffusers pipeline ({reason(error)})") from error
-
-
-def check_stable_diffusion(name: str, flag: str, **where: str | None) -> None:
-    """
-    Raises:
-        UsageError: for anything but a Stable Diffusion 1.x or 2.x text-to-image pipeline.
-    """
-    pipeline_class = load_pipeline_class(name, flag, **where)
-    if pipeline_class != "StableDiffusionPipeline":
-        raise UsageError(
-            f"{flag}: {name} is a {pipeline_class}, which is not supported yet; use a StableDiffusionPipeline"
-            " (Stable Diffusion 1.x or 2.x)"
-        )
-
-
-def choose_resolution(resolution: int | None, unet_config: dict, vae_config: dict) -> int:
-    """The side of the pictures in pixels: the model's own, or the given one.
-
-    Raises:
-        UsageError: for one that the VAE cannot halve as often as it has to, or that pipelines do not take.
-    """
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    if resolution is None:
-        return unet_config["sample_size"] * factor
-    multiple = math.lcm(factor, 8)
-    if resolution % multiple != 0:
-        raise UsageError(f"--resolution {resolution} cannot be used: this model takes multiples of {multiple}")
-    return resolution
 
 
 def load_resolution(args: argparse.Namespace, name: str, flag: str) -> int:
@@ -266,7 +148,7 @@ def read_state(flag: str, file: Path) -> dict:
         if not isinstance(found, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{flag}: cannot read {file} ({reason(error)}); remove it")
+        raise UsageError(f"{flag}: cannot read {file} ({describe_error(error)}); remove it")
     return found
 
 

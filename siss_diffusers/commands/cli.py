@@ -5,12 +5,13 @@ from importlib.util import find_spec
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from siss_diffusers import audit, curate, evaluate, hub
-from siss_diffusers.arguments import Parser
-from siss_diffusers.errors import UsageError, run
+from siss_diffusers.commands import audit, curate, evaluate, push
+from siss_diffusers.errors import UsageError
+from siss_diffusers.flags import Parser
+from siss_diffusers.process import run
 
 
-COMMANDS = {"audit": audit, "curate": curate, "evaluate": evaluate, "push": hub}
+COMMANDS = {"audit": audit, "curate": curate, "evaluate": evaluate, "push": push}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
     args = parser.parse_args(argv)
     if args.command == "push":
-        return hub.main(args)
+        return push.main(args)
     for package, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("scipy", "scipy")):
         if find_spec(package) is None:
             raise UsageError(f"`siss {args.command}` needs {name}: pip install 'siss_diffusers[eval]'")

@@ -1,4 +1,4 @@
-"""Models and optimizer states sharded by FSDP2: each rank reads its own rows, and no rank ever holds the whole."""
+"""Models and optimizer states sharded by FSDP 2: each rank reads its own rows, and no rank ever holds the whole."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from siss_diffusers.checkpoints import SavedTensor, open_tensors, write_tensors
+from siss_diffusers.storage.tensors import SavedTensor, open_tensors, write_tensors
 
 
 # The name that diffusers gives to the weights of a model.

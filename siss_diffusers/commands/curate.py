@@ -14,15 +14,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from siss_diffusers.arguments import positive_int, unit_float
-from siss_diffusers.checkpoints import write_json
-from siss_diffusers.data import read_image, reason, to_channels
-from siss_diffusers.errors import UsageError
-from siss_diffusers.metrics.clusters import memorized_cluster, split_clusters
-from siss_diffusers.metrics.features import extract, load_torchscript, pixel_features
-from siss_diffusers.pipelines import (
+from siss_diffusers.commands.common import (
     add_sampling_arguments,
-    check_stable_diffusion,
     load_resolution,
     load_stable_diffusion,
     on_all_processes,
@@ -31,6 +24,13 @@ from siss_diffusers.pipelines import (
     sample_batch,
     warn_of_long_prompts,
 )
+from siss_diffusers.data.images import read_image, to_channels
+from siss_diffusers.errors import UsageError, describe_error
+from siss_diffusers.families.stable_diffusion import check_stable_diffusion
+from siss_diffusers.flags import positive_int, unit_float
+from siss_diffusers.metrics.clusters import memorized_cluster, split_clusters
+from siss_diffusers.metrics.features import extract, load_torchscript, pixel_features
+from siss_diffusers.storage.files import write_json
 
 
 # What the samples depend on; with another value of any of these they would be others.
@@ -89,7 +89,7 @@ def open_picture(file: Path, flag: str) -> Image.Image:
     try:
         return to_channels(read_image(file), 3)
     except ValueError as error:
-        raise UsageError(f"{flag}: cannot read {file} ({reason(error)}); repair or remove it")
+        raise UsageError(f"{flag}: cannot read {file} ({describe_error(error)}); repair or remove it")
 
 
 def load_picture(file: Path, flag: str) -> Tensor:
@@ -124,7 +124,7 @@ def read_metadata(folder: Path) -> list[dict]:
             if not name or Path(name).name != name or not isinstance(forget, bool):
                 raise ValueError(f"not a file beside it and true or false: {name!r}, {forget!r}")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UsageError(f"--output_dir: {file} is not what `siss curate` wrote ({reason(error)}); repair it")
+        raise UsageError(f"--output_dir: {file} is not what `siss curate` wrote ({describe_error(error)}); repair it")
     return rows
 
 

@@ -1,0 +1,119 @@
+"""What may be read of a model: safetensors and classes of the libraries, no pickles and no code."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from siss_diffusers.errors import UsageError, describe_error
+
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+ONLY_PICKLES = (
+    "holds its weights as pickles ({}), which can run code when they are read; save them as safetensors in a place that"
+    " you trust, by loading and `save_pretrained(..., safe_serialization=True)`, or name a revision that has them"
+)
+OWN_CODE = (
+    "brings code of its own ({}), which is never run; use a model made of the classes of diffusers and transformers"
+)
+
+
+def check_safetensors(name: str | Path, flag: str) -> None:
+    """Of a local folder, of a pipeline or of one model, that the weights to be read are no pickles.
+
+    Raises:
+        UsageError: naming the file that is one.
+    """
+    folder = Path(name)
+    if os.path.isfile(name):
+        folders = [folder] if folder.suffix in PICKLES else []
+    elif os.path.isfile(folder / "model_index.json"):
+        folders = [folder / part for part in ("unet", "vae", "text_encoder")]
+    else:
+        folders = [folder]
+    for part in folders:
+        files = [part] if os.path.isfile(part) else sorted(part.iterdir()) if os.path.isdir(part) else []
+        pickles = [file for file in files if file.suffix in PICKLES]
+        if pickles and not any(file.suffix == ".safetensors" for file in files):
+            raise UsageError(f"{flag}: {name} {ONLY_PICKLES.format(pickles[0].name)}")
+
+
+def check_components(config: dict, name: str, flag: str) -> None:
+    """
+    Raises:
+        UsageError: for a pipeline, by its model_index.json, of anything but classes of the libraries.
+    """
+    from diffusers import pipelines
+
+    if isinstance(config["_class_name"], list):
+        raise UsageError(f"{flag}: {name} {OWN_CODE.format('pipeline ' + '.'.join(map(str, config['_class_name'])))}")
+    for component, value in config.items():
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and component[0] != "_":
+            if value[0] not in ("diffusers", "transformers") and not hasattr(pipelines, value[0]):
+                raise UsageError(f"{flag}: {name} {OWN_CODE.format(f'{component} of {value[0]}')}")
+
+
+@contextmanager
+def loading(name: str | Path, flag: str) -> Iterator[None]:
+    """Inside, a model or its configuration is read from a folder or the Hub, by `use_safetensors=True`.
+
+    Raises:
+        UsageError: in one sentence, for pickles, for code, and for whatever else is wrong with the files.
+    """
+    try:
+        check_safetensors(name, flag)
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the libraries make of a broken file
+        if "custom code" in str(error) or "trust_remote_code" in str(error):
+            raise UsageError(f"{flag}: {name} {OWN_CODE.format(describe_error(error))}") from error
+        hint = ""
+        if re.search(r"safetensors.*(found|weights)|file named .*safetensors", str(error)):
+            hint = "; pickles are not read, for they can run code"
+        raise UsageError(f"{flag}: {name} cannot be loaded ({describe_error(error)}){hint}") from error
+
+
+def load_pipeline_class(name: str, flag: str, **where: str | None) -> str:
+    """The class of a pipeline, from its configuration.
+
+    Raises:
+        UsageError: where there is no pipeline, or one that is not to be read.
+    """
+    from diffusers import DiffusionPipeline
+
+    check_safetensors(name, flag)
+    try:
+        config = DiffusionPipeline.load_config(name, **where)
+        check_components(config, name, flag)
+        return config["_class_name"]
+    except UsageError:
+        raise
+    except Exception as error:  # whatever is there instead
+        raise UsageError(f"{flag}: {name} is no diffusers pipeline ({describe_error(error)})") from error
+
+
+def is_adapter(where: str, flag: str) -> bool:
+    """Whether a folder or a repository on the Hub holds LoRA weights and no pipeline.
+
+    Raises:
+        UsageError: for weights that are pickles.
+    """
+    check_safetensors(where, flag)
+    folder = Path(where)
+    if os.path.isdir(where):
+        return not (folder / "model_index.json").exists() and any(folder.glob("*lora*.safetensors"))
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        files = list_repo_files(where)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
+        return False
+    found = [name for name in files if "lora" in name and name.endswith((".safetensors", *PICKLES))]
+    if "model_index.json" in files or not found:
+        return False
+    if not any(name.endswith(".safetensors") for name in found):
+        raise UsageError(f"{flag}: {where} {ONLY_PICKLES.format(found[0])}")
+    return True
