@@ -19,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from step_cost import MAX_GRAD_NORM, Model, describe_machine, draw_queries, make_models, measure_seconds
 
 from siss_diffusers import METHODS, PairedGradients, Query, scaling_rule
-from siss_diffusers import gradients as engine
+from siss_diffusers.gradients import engine
 from siss_diffusers.methods import Rows
 
 

@@ -126,7 +126,7 @@ def serve() -> None:
 
     import train_siss_sd
     import train_siss_unconditional
-    from siss_diffusers import cli
+    from siss_diffusers.commands import cli
     from siss_diffusers.process import run
 
     def run_script(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_sd import save_pipeline
 
 import siss_diffusers
-from siss_diffusers import audit
+from siss_diffusers.commands import audit
 from siss_diffusers.assets.captioned import DIGIT_CAPTIONS, FLOWER_CAPTION, TEMPLE_CAPTION
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY_MODEL
 from diffusers import UNet2DModel
 
-from siss_diffusers import checkpoints
+from siss_diffusers.storage import checkpoints
 from siss_diffusers.errors import RunError, UsageError
 from siss_diffusers.storage.checkpoints import (
     MANIFEST,
