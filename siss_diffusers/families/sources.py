@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Family
@@ -23,10 +24,12 @@ class PipelineSource(Protocol):
     Attributes:
         flag: where the name comes from, for messages.
         pipeline_config: the content of `model_index.json`.
+        is_ours: whether nobody else uses the pipelines that it loads, so that parts of them can be freed.
     """
 
     flag: str
     pipeline_config: dict
+    is_ours: bool
 
     def component_config(self, component: str) -> dict:
         """Read the configuration of a component."""
@@ -36,6 +39,12 @@ class PipelineSource(Protocol):
 
     def load_network(self, family: Family, pipeline) -> None:
         """Load the network in float32 into the pipeline."""
+
+    def load_with_network(self, family: Family, network: Any) -> Any:
+        """Load the pipeline around a trained network, to be saved."""
+
+    def network_skeleton(self, family: Family) -> nn.Module:
+        """Return the network for a look at its layers; its weights may be missing."""
 
     def describe(self) -> str:
         """Return the name for messages."""
@@ -55,6 +64,7 @@ class NamedPipeline:
     variant: str | None = None
     cache_dir: str | None = None
     network_revision: str | None = None
+    is_ours = True
 
     def describe(self) -> str:
         return self.name
@@ -107,6 +117,16 @@ class NamedPipeline:
             )
         pipeline.register_modules(**{family.network_name: network})
 
+    def load_with_network(self, family: Family, network: Any) -> Any:
+        return self._load({family.network_name: network})
+
+    def network_skeleton(self, family: Family) -> nn.Module:
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            model_class = self.component_class(family.network_name)
+            return model_class.from_config(self.component_config(family.network_name))
+
     def _load(self, components: dict[str, Any]) -> Any:
         from diffusers import DiffusionPipeline
 
@@ -132,6 +152,7 @@ class LoadedPipeline:
     pipeline: Any
     flag: str = "pipeline"
     pipeline_config: dict = field(init=False)
+    is_ours = False
 
     def __post_init__(self) -> None:
         self.pipeline_config = {
@@ -150,3 +171,10 @@ class LoadedPipeline:
 
     def load_network(self, family: Family, pipeline) -> None:
         family.network(pipeline).to(torch.float32)
+
+    def load_with_network(self, family: Family, network: Any) -> Any:
+        self.pipeline.register_modules(**{family.network_name: network})
+        return self.pipeline
+
+    def network_skeleton(self, family: Family) -> nn.Module:
+        return family.network(self.pipeline)

@@ -1,8 +1,10 @@
 """Stable Diffusion 1.x and 2.x."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,8 +54,7 @@ class StableDiffusion(Family):
         return posterior.mean, posterior.std
 
     def latent_scaling(self, pipeline) -> Callable[[Tensor], Tensor]:
-        factor = pipeline.vae.config.scaling_factor
-        return lambda latents: latents * factor
+        return partial(operator.mul, pipeline.vae.config.scaling_factor)  # which other processes can unpickle
 
     @torch.no_grad()
     def decode(self, pipeline, samples: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def create_repository(repo_id: str, token: str | None, private: bool) -> str:
     return repo_id
 
 
-def again(run: Path, repo_id: str) -> str:
+def push_again_command(run: Path, repo_id: str) -> str:
     return f"`siss push {shlex.quote(str(run))} --hub_model_id {repo_id}`"
 
 
@@ -109,14 +109,14 @@ def push(
         (run / "README.md").unlink(missing_ok=True)
         raise RunError(
             f"nothing was uploaded: README.md could not be written ({error.strerror}); free some space and push again"
-            f" by {again(run, repo_id)}"
+            f" by {push_again_command(run, repo_id)}"
         )
     try:
         address = commit(repo_id, uploads, token)
     except (HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
         raise RunError(
             f"the upload failed: {explain(error, repo_id)}; the run is whole in {run}, push it again by"
-            f" {again(run, repo_id)}"
+            f" {push_again_command(run, repo_id)}"
         )
     return f"Pushed to {address}"
 

@@ -21,7 +21,7 @@ class EraseDiff(Method):
 
     name = "erasediff"
     summary = "pulls the output on forget images towards uniform noise"
-    draws_uniform = True
+    needs = frozenset({"uniform"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta < math.inf:

@@ -24,6 +24,7 @@ class ReTrack(Method):
 
     name = "retrack"
     summary = "redirects noised forget images to their nearest keep images"
+    needs = frozenset({"neighbors"})
 
     def __post_init__(self) -> None:
         check_unit_interval("lam", self.lam)
