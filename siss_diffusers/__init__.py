@@ -1,7 +1,7 @@
 """Data unlearning for diffusers: make a diffusion model forget training images and keep everything else."""
 
 from siss_diffusers.combine import Products, Rule, scaling_rule
-from siss_diffusers.gradients.engine import PairedGradients, StepStats
+from siss_diffusers.gradients import PairedGradients, StepStats
 from siss_diffusers.methods import METHODS, Method, Query, Rows, make_method
 from siss_diffusers.noising import GaussianPath
 from siss_diffusers.weights import importance_weights, log_density_ratio

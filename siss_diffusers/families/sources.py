@@ -170,7 +170,9 @@ class LoadedPipeline:
         return self.pipeline
 
     def load_network(self, family: Family, pipeline) -> None:
-        family.network(pipeline).to(torch.float32)
+        network = family.network(pipeline)
+        if network.dtype != torch.float32:
+            network.to(torch.float32)
 
     def load_with_network(self, family: Family, network: Any) -> Any:
         self.pipeline.register_modules(**{family.network_name: network})

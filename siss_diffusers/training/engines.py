@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.gradients.engine import PairedGradients, StepStats
+from siss_diffusers.gradients import PairedGradients, StepStats
 from siss_diffusers.settings import Settings
 
 

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from siss_diffusers.errors import RunError
-from siss_diffusers.gradients.engine import StepStats
+from siss_diffusers.gradients.stats import StepStats
 from siss_diffusers.settings import Settings
 from siss_diffusers.storage.files import append_json_line, truncate_json_lines
 from siss_diffusers.training.state import Progress

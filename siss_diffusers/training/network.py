@@ -13,8 +13,8 @@ from torch import Tensor
 
 from siss_diffusers.draws import ADAPTER, torch_seed
 from siss_diffusers.families import Conditions, Family, PipelineSource
+from siss_diffusers.gradients import PairedGradients, StepStats
 from siss_diffusers.gradients.buffers import local
-from siss_diffusers.gradients.engine import PairedGradients, StepStats
 from siss_diffusers.settings import Settings
 from siss_diffusers.storage.sharding import is_sharded, load_model, reshard, save_model, save_pipeline
 from siss_diffusers.training.adapters import LORA_FILE, add_lora, load_lora, save_lora

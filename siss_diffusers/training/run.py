@@ -12,7 +12,7 @@ from torch import nn
 
 from siss_diffusers.distributed import on_main_process
 from siss_diffusers.errors import Interrupted
-from siss_diffusers.gradients.engine import StepStats
+from siss_diffusers.gradients.stats import StepStats
 from siss_diffusers.hub.upload import check_repo_id, create_repository, push, push_again_command
 from siss_diffusers.methods import Method
 from siss_diffusers.settings import Settings

@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from siss_diffusers.families import Conditions, Family, Sampling
-from siss_diffusers.gradients.engine import StepStats
+from siss_diffusers.gradients.stats import StepStats
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, for_detectors
 from siss_diffusers.settings import Settings
 from siss_diffusers.storage.files import append_json_line
