@@ -24,11 +24,9 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TINY_MODEL, assert_refused, siss_error, write_images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
-from tiny_sd import save_pipeline
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
 import siss_diffusers
@@ -47,6 +45,10 @@ from siss_diffusers.evaluate import is_adapter
 from siss_diffusers.metrics.clip import Clip
 from siss_diffusers.metrics.features import load_torchscript
 from siss_diffusers.pipelines import load_stable_diffusion
+from tests.helpers.commands import assert_refused, siss_error
+from tests.helpers.paths import TINY_MODEL
+from tests.helpers.pictures import write_images
+from tests.helpers.tiny_sd import save_pipeline
 
 
 SOURCES = [*Path(siss_diffusers.__file__).parent.rglob("*.py")]
