@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,39 @@ def full_args(pipeline_folder, captioned_folder, cache_dir, tmp_path) -> dict[st
 @pytest.fixture
 def lora_args(full_args) -> dict[str, str | None]:
     return full_args | {"--use_lora": None}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A request fails the test, even where its failure would have been taken for bad input."""
+    requests = []
+
+    def refuse(*address: object) -> None:
+        requests.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    yield
+    assert not requests
+
+
+@pytest.fixture
+def no_waiting():
+    """What would wait for a pipe for ever fails."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("still waiting")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """What the code in these tests writes when it is run."""
+    yield tmp_path / "ran"
+    assert not (tmp_path / "ran").exists()

@@ -13,97 +13,13 @@ from diffusers import DDPMPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.hub import CARD_MARK, collect, only_figures, weights_digest
+from siss_diffusers.hub import collect, weights_digest
 from tests.helpers.commands import to_argv
-from tests.helpers.forked import Child, Forker
-from tests.helpers.hub_server import HubServer
+from tests.helpers.forked import Forker
 from tests.helpers.paths import TINY_MODEL
 from tests.helpers.pictures import read_metadata, write_metadata
+from tests.helpers.publishing import BASE, READ_TOKEN, REPO, TOKEN, error_of, push
 from tests.helpers.runs import LORA
-
-
-BASE, TOKEN, READ_TOKEN = "base/tiny-sd", "hf_write", "hf_read"
-REPO = "founder/forgetful"
-BASE_CARD = b"---\nlicense: creativeml-openrail-m\n---\n# A tiny model\n"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with HubServer(tokens={TOKEN: "founder", READ_TOKEN: ("founder", "read")}) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def forker(server, tmp_path_factory):
-    """Processes that know of no other Hub than the one on loopback."""
-    environment = {"HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
-    environment |= {"HF_HOME": str(tmp_path_factory.mktemp("hf_home"))}
-    with Forker(tmp_path_factory.mktemp("logs"), **environment) as forker:
-        yield forker
-
-
-@pytest.fixture
-def hub(server, pipeline_folder):
-    """The server with nothing but a base model on it."""
-    server.reset()
-    files = {
-        path.relative_to(pipeline_folder).as_posix(): path.read_bytes()
-        for path in pipeline_folder.rglob("*")
-        if path.is_file()
-    }
-    server.add_repo(BASE, files | {"README.md": BASE_CARD})
-    return server
-
-
-@pytest.fixture(scope="module")
-def finished(forker, server, tmp_path_factory, pipeline_folder, captioned_folder):
-    """Runs that ended, by kind; copied for each test that pushes one."""
-    server.reset()
-    files = {
-        path.relative_to(pipeline_folder).as_posix(): path.read_bytes()
-        for path in pipeline_folder.rglob("*")
-        if path.is_file()
-    }
-    server.add_repo(BASE, files | {"README.md": BASE_CARD})
-    folder = tmp_path_factory.mktemp("finished")
-    flags = {
-        "--pretrained_model_name_or_path": BASE,
-        "--train_data_dir": str(captioned_folder),
-        "--cache_dir": str(folder / "cache"),
-        "--max_train_steps": "2",
-        "--train_batch_size": "4",
-        "--learning_rate": "1e-2",
-        "--report_to": "none",
-        "--calibrate_forgetting": "off",
-    }
-    for kind, more in (("lora", {"--use_lora": None}), ("full", {})):
-        child = forker.run("train_siss_sd", to_argv(flags | more | {"--output_dir": str(folder / kind)}))
-        assert child.returncode == 0, child.output
-    return folder
-
-
-@pytest.fixture
-def lora_run(finished, tmp_path) -> Path:
-    return shutil.copytree(finished / "lora", tmp_path / "forgetful")
-
-
-@pytest.fixture
-def full_run(finished, tmp_path) -> Path:
-    return shutil.copytree(finished / "full", tmp_path / "forgetful")
-
-
-def push(forker: Forker, run: Path, *flags: str, token: str = TOKEN) -> Child:
-    return forker.run("siss", ["push", str(run), "--hub_token", token, "--hub_model_id", REPO, *flags])
-
-
-def error_of(child: Child) -> str:
-    assert "Traceback" not in child.output, child.output
-    (sentence,) = [line for line in child.output.splitlines() if "error: " in line]
-    return sentence
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "README.md"}
 
 
 def run_card(forker: Forker, card: bytes, folder: Path) -> Image.Image:
@@ -160,76 +76,6 @@ class TestWhatComesBack:
             pipeline = DDPMPipeline.from_pretrained(tmp_path / folder)
             pictures.append(pipeline(generator=generator, num_inference_steps=3, output_type="np").images)
         assert (pictures[0] == pictures[1]).all()
-
-
-class TestCard:
-    def metadata(self, card: bytes) -> dict:
-        import yaml
-
-        return yaml.safe_load(card.decode().split("---")[1])
-
-    def test_metadata(self, forker, hub, lora_run):
-        assert push(forker, lora_run).returncode == 0
-        assert self.metadata(hub.files(REPO)["README.md"]) == {
-            "base_model": BASE,
-            "base_model_relation": "adapter",
-            "library_name": "diffusers",
-            "license": "creativeml-openrail-m",
-            "pipeline_tag": "text-to-image",
-            "tags": ["data-unlearning", "siss", "lora", "diffusers-training"],
-        }
-
-    def test_a_fine_tuned_pipeline_is_no_adapter(self, forker, hub, full_run):
-        assert push(forker, full_run).returncode == 0
-        card = hub.files(REPO)["README.md"]
-        assert self.metadata(card)["base_model_relation"] == "finetune"
-        assert "lora" not in self.metadata(card)["tags"] and b"can be taken off" not in card
-
-    def test_says_how_many_and_that_nothing_was_evaluated(self, forker, hub, lora_run):
-        assert push(forker, lora_run).returncode == 0
-        card = hub.files(REPO)["README.md"].decode()
-        assert "3 images of the training set" in card and "20 others to keep" in card
-        assert "**Nothing.**" in card and "An adapter can be taken off again" in card
-
-    def test_a_table_from_an_evaluation_with_its_figures_and_no_words(self, forker, hub, lora_run, tmp_path):
-        entry = {"samples": 256, "copy_share": 0.863, "copy_share_low": 0.816, "copy_share_high": 0.9, "note": "jane"}
-        after = entry | {"copy_share": 0.0, "copy_share_low": 0.0, "copy_share_high": 0.015, "fid": 12.345}
-        settings = {"unlearned_weights": weights_digest(lora_run), "skipped": {"kid": "cannot read jane.png"}}
-        content = {"base": entry, "unlearned": after, "jane": entry, "settings": settings}
-        (tmp_path / "evaluation.json").write_text(json.dumps(content))
-        assert push(forker, lora_run, "--evaluation", str(tmp_path)).returncode == 0
-        files = hub.files(REPO)
-        assert "| 86.30 [81.60, 90.00], of 256 | 0.00 [0.00, 1.50], of 256 |" in files["README.md"].decode()
-        assert "| FID | - | 12.35 |" in files["README.md"].decode()
-        assert b"jane" not in files["README.md"] + files["evaluation.json"]
-        assert json.loads(files["evaluation.json"])["settings"]["skipped"] == ["kid"]
-
-    def test_an_evaluation_of_other_weights_is_refused(self, forker, hub, lora_run):
-        content = {"base": {}, "unlearned": {}, "settings": {"unlearned_weights": "0" * 32}}
-        (lora_run / "evaluation.json").write_text(json.dumps(content))
-        child = push(forker, lora_run)
-        assert child.returncode == 2 and "--evaluation" in error_of(child) and "other weights" in error_of(child)
-        assert REPO not in hub.repos
-
-    def test_made_anew_until_somebody_edits_it(self, forker, hub, lora_run):
-        assert push(forker, lora_run).returncode == 0
-        (lora_run / "evaluation.json").write_text(json.dumps({"base": {}, "unlearned": {}, "settings": {}}))
-        assert push(forker, lora_run).returncode == 0
-        card = hub.files(REPO)["README.md"].decode()
-        assert "**Nothing.**" not in card
-        mine = card.replace("## Limits", "## My limits")
-        (lora_run / "README.md").write_text(mine)
-        child = push(forker, lora_run)
-        assert child.returncode == 0 and "edited by hand" in child.output
-        assert hub.files(REPO)["README.md"].decode() == mine
-
-    def test_a_base_from_a_folder_is_not_named(self, lora_run, tmp_path):
-        report = json.loads((lora_run / "unlearning.json").read_text())
-        (lora_run / "unlearning.json").write_text(json.dumps(report | {"base_model": None}))
-        (card,) = [
-            file.source for file in collect(lora_run, REPO, None, None, None) if file.path_in_repo == "README.md"
-        ]
-        assert b"base_model" not in card and b"THE BASE MODEL" in card and CARD_MARK.encode() in card
 
 
 def test_nothing_of_what_was_forgotten_is_uploaded(forker, hub, captioned_folder, tmp_path):
@@ -341,105 +187,6 @@ def test_the_token_is_sent_with_every_request(forker, hub, lora_run):
     assert unsigned == []
 
 
-class TestFaults:
-    """Whatever fails: one sentence that says what helps, the run as it was, nothing on the Hub, and the next push works."""
-
-    FAULTS = {
-        "401 at the commit": (("POST", "/commit/", 401), "--hub_token"),
-        "403 at the commit": (("POST", "/commit/", 403), "may not write"),
-        "409": (("POST", "/commit/", 409), "changed by somebody else"),
-        "412": (("POST", "/commit/", 412), "changed by somebody else"),
-        "413": (("POST", "/commit/", 413), "answered 413"),
-    }
-
-    def check(self, forker: Forker, hub: HubServer, run: Path, expected: str) -> None:
-        before = contents(run)
-        child = push(forker, run)
-        assert child.returncode == 1, child.output
-        sentence = error_of(child)
-        assert expected in sentence and f"`siss push {run} --hub_model_id {REPO}`" in sentence
-        assert contents(run) == before
-        assert len(hub.commits(REPO)) == 1, "nothing, or only a part, was committed"
-        hub.faults.clear()
-        assert push(forker, run).returncode == 0
-        assert LORA in hub.files(REPO)
-
-    @pytest.mark.parametrize("case", FAULTS)
-    def test_refused(self, case, forker, hub, lora_run):
-        (method, path, status), expected = self.FAULTS[case]
-        hub.fail(method, path, status, times=50)
-        self.check(forker, hub, lora_run, expected)
-
-    def test_too_many_requests_for_long(self, forker, hub, lora_run):
-        hub.fail("POST", "/commit/", 429, times=50, headers={"Retry-After": "1"})
-        self.check(forker, hub, lora_run, "wait 1 seconds")
-
-    @pytest.mark.slow
-    def test_storage_broken_for_long(self, forker, hub, lora_run):
-        hub.fail("PUT", "/storage/", 500, times=50)
-        self.check(forker, hub, lora_run, "500")
-
-    @pytest.mark.slow
-    def test_connection_lost_for_long(self, forker, hub, lora_run):
-        hub.fail("PUT", "/storage/", drop_after=100, times=50)
-        self.check(forker, hub, lora_run, "cannot be reached")
-
-    @pytest.mark.parametrize(
-        "fault",
-        [
-            ("POST", "/commit/", 429, {"headers": {"Retry-After": "1"}}),
-            ("POST", "/preupload/", 429, {"headers": {"Retry-After": "1"}}),
-            ("PUT", "/storage/", 500, {}),
-            ("PUT", "/storage/", None, {"drop_after": 100}),
-            ("POST", "/commit/", 503, {}),
-        ],
-        ids=lambda fault: f"{fault[1].strip('/')}-{fault[2] or 'dropped'}",
-    )
-    def test_what_passes_is_waited_for(self, fault, forker, hub, lora_run):
-        method, path, status, options = fault
-        hub.fail(method, path, status, **options)
-        child = push(forker, lora_run)
-        assert child.returncode == 0, child.output
-        assert not hub.faults and len(hub.commits(REPO)) == 2
-        assert hub.files(REPO)[LORA] == (lora_run / LORA).read_bytes()
-
-    def test_a_commit_whose_answer_is_lost_is_not_made_twice(self, forker, hub, lora_run):
-        hub.fail("POST", "/commit/", after_bytes=0)
-        push(forker, lora_run)
-        assert hub.files(REPO)[LORA] == (lora_run / LORA).read_bytes()
-        assert len(hub.commits(REPO)) == 2
-
-    def test_full_disk_on_this_side(self, forker, hub, lora_run):
-        """The card cannot be written beside the run; then nothing goes up either."""
-        before = contents(lora_run)
-        arguments = ["push", str(lora_run), "--hub_token", TOKEN, "--hub_model_id", REPO]
-        child = forker.run("siss", arguments, file_size_limit=1024)
-        assert child.returncode == 1 and "README.md could not be written" in error_of(child), child.output
-        assert contents(lora_run) == before and len(hub.commits(REPO)) == 1
-        assert push(forker, lora_run).returncode == 0
-
-    def test_after_training_the_run_is_whole(self, forker, hub, lora_run, captioned_folder, tmp_path):
-        out = tmp_path / "trained"
-        flags = {
-            "--pretrained_model_name_or_path": BASE,
-            "--train_data_dir": str(captioned_folder),
-            "--output_dir": str(out),
-            "--cache_dir": str(tmp_path / "cache"),
-            "--max_train_steps": "1",
-            "--train_batch_size": "2",
-            "--report_to": "none",
-            "--calibrate_forgetting": "off",
-            "--use_lora": None,
-            "--push_to_hub": None,
-            "--hub_model_id": REPO,
-            "--hub_token": TOKEN,
-        }
-        hub.fail("POST", "/commit/", 403, times=50)
-        child = forker.run("train_siss_sd", to_argv(flags))
-        assert child.returncode == 1 and f"siss push {out}" in error_of(child)
-        assert (out / LORA).exists() and (out / "receipt.json").exists()
-
-
 def test_an_adapter_on_the_hub_that_is_a_pickle_is_refused(forker, hub, captioned_folder, tmp_path):
     hub.add_repo("founder/pickled", {"pytorch_lora_weights.bin": b"cos"})
     flags = {"--base": BASE, "--unlearned": "founder/pickled", "--train_data_dir": str(captioned_folder)}
@@ -492,14 +239,3 @@ def test_a_folder_that_holds_no_finished_run(files, expected, tmp_path):
         (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=expected):
         collect(tmp_path, REPO, None, None, None)
-
-
-def test_only_figures_are_left_of_an_evaluation():
-    content = {
-        "share": 0.5,
-        "none": None,
-        "flag": True,
-        "name": "jane",
-        "points": [{"step": 1, "who": "jane"}, "jane"],
-    }
-    assert only_figures(content) == {"share": 0.5, "none": None, "flag": True, "points": [{"step": 1}]}

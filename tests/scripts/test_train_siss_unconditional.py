@@ -6,31 +6,24 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
-from io import BytesIO
-from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, UNet2DModel
-from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-import train_siss_unconditional
 from siss_diffusers import METHODS
 from siss_diffusers.assets.digits import digit_images, garment_image
-from siss_diffusers.data import Images
-from siss_diffusers.errors import RunError, run
+from siss_diffusers.errors import RunError
 from siss_diffusers.hub import hyperparameters
 from siss_diffusers.training import current_forget_range
-from tests.helpers.commands import assert_refused, to_argv
+from tests.helpers.commands import to_argv
 from tests.helpers.paths import ROOT, TINY_MODEL
 from tests.helpers.pictures import NUM_DIGITS, NUM_GARMENTS, write_images
-from tests.helpers.runs import UNET, assert_same_gradients, launch, read_log, without_times
+from tests.helpers.runs import UNET, assert_same_gradients, launch, read_log
 from train_siss_unconditional import main
 
 
@@ -179,227 +172,11 @@ def test_8bit_adam(base_args, tmp_path):
     assert len(read_log(tmp_path / "out")) == 2
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"--use_ema": None, "--lr_scheduler": "cosine", "--calibrate_forgetting": None},
-        {"--forget_scaling": "norm", "--forget_scale": "5", "--gradient_accumulation_steps": "2"},
-        {"--forget_scale_every": "3", "--calibrate_forgetting": None},
-        {"--forget_timestep_ranges": "600 1000 200 600 0 200"},
-        {"--forget_timestep_ranges": "600 1000 0 600", "--forget_timestep_schedule": "sequential"},
-    ],
-    ids=["ema-cosine-calibrated", "norm-accumulated", "lagged", "ranges", "sequence"],
-)
-def test_resume_is_the_uninterrupted_run_bit_for_bit(flags, base_args, tmp_path):
-    flags = base_args | {"--max_train_steps": "4", "--checkpointing_steps": "2"} | flags
-    main(to_argv(flags))
-    whole, resumed = tmp_path / "out", tmp_path / "resumed"
-    shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / "checkpoint-4")
-    (resumed / UNET).unlink()
-    main(to_argv(flags | {"--output_dir": str(resumed), "--resume_from_checkpoint": "latest"}))
-    for name in (UNET, f"checkpoint-4/{UNET}", "checkpoint-4/state.safetensors"):
-        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
-    states = [json.loads((folder / "checkpoint-4" / "state.json").read_text()) for folder in (whole, resumed)]
-    for state in states:
-        del state["progress"]["train_seconds"]
-    assert states[0] == states[1]
-    assert without_times(read_log(whole)) == without_times(read_log(resumed))
-
-
-@pytest.fixture
-def interrupted(base_args, tmp_path) -> dict[str, str | None]:
-    """The flags to go on with a run that has a checkpoint at step 2 of 2."""
-    main(to_argv(base_args | {"--checkpointing_steps": "2"}))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return base_args | {"--max_train_steps": "4", "--resume_from_checkpoint": "latest"}
-
-
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        ({"--learning_rate": "1e-3"}, "--learning_rate was 0.0001 and is 0.001"),
-        ({"--seed": "1"}, "--seed was 0 and is 1"),
-        ({"--method_args": "lam=0.25"}, "--method_args lam was 0.5 and is 0.25"),
-        ({"--method": "naive_deletion"}, "--method was siss and is naive_deletion"),
-        ({"--train_batch_size": "8"}, "a step had 4 pairs and has 8"),
-        ({"--forget_files": "garment_0.png digit_00.png"}, "the images to forget are others (1 then, 2 now)"),
-        ({"--lr_scheduler": "cosine"}, "--lr_scheduler was constant and is cosine"),
-        ({"--mixed_precision": "bf16"}, "--mixed_precision was no and is bf16"),
-        ({"--forget_timestep_ranges": "200 900"}, "--forget_timestep_ranges is another"),
-        (
-            {"--forget_timestep_ranges": "200 900 0 200", "--forget_timestep_schedule": "sequential"},
-            "--forget_timestep_schedule was alternate and is sequential",
-        ),
-        ({"--pretrained_model_name_or_path": "COPY"}, "--pretrained_model_name_or_path is another"),
-        ({"--use_ema": None, "--allow_changes": None}, "--use_ema was False and is True"),
-        ({"--calibrate_forgetting": None, "--allow_changes": None}, "cannot be read with"),
-    ],
-    ids=lambda value: None if isinstance(value, str) else next(iter(value)).lstrip("-"),
-)
-def test_resuming_another_run_is_refused(changed, expected, interrupted, tmp_path, capfd):
-    shutil.copytree(TINY_MODEL, tmp_path / "COPY")
-    changed = {flag: str(tmp_path / "COPY") if value == "COPY" else value for flag, value in changed.items()}
-    assert_refused(main, interrupted | changed, expected, tmp_path, capfd)
-
-
-@pytest.fixture
-def many(base_args, tmp_path) -> dict[str, str | None]:
-    """Flags of a run of 2 steps that plans (2 + 1) x 4 of 5,000 images in Parquet, every tenth a copy of the garment."""
-    pictures = [png(garment_image()) if row % 10 == 0 else picture for row, picture in enumerate(pictures_of(5_000))]
-    write_parquet(tmp_path / "many", pictures)
-    del base_args["--train_data_dir"], base_args["--forget_files"]
-    forget = write_images(tmp_path / "forget", {"garment.png": garment_image()})
-    flags = {"--dataset_name": str(tmp_path / "many"), "--forget_data_dir": str(forget), "--max_skipped_steps": "1"}
-    return base_args | flags
-
-
-def pictures_of(count: int) -> list[bytes]:
-    """Digits, each with its number in its first pixels."""
-    digits = digit_images()[0]
-    numbered = [digits[row % len(digits)].copy() for row in range(count)]
-    for row, pixels in enumerate(numbered):
-        pixels[0, :2] = divmod(row, 256)
-    return [png(pixels) for pixels in numbered]
-
-
-def png(pixels: np.ndarray) -> bytes:
-    content = BytesIO()
-    Image.fromarray(pixels).save(content, "PNG")
-    return content.getvalue()
-
-
-def write_parquet(folder: Path, pictures: list[bytes]) -> None:
-    folder.mkdir(exist_ok=True)
-    features = datasets.Features(image=datasets.Image(decode=False))
-    cells = [{"bytes": picture, "path": None} for picture in pictures]
-    rows = datasets.Dataset.from_dict({"image": cells}, features).cast_column("image", datasets.Image())
-    rows.to_parquet(folder / "train.parquet")
-
-
-@pytest.fixture
-def opened(monkeypatch) -> list[int]:
-    """The rows of --dataset_name whose pictures were decoded in this process."""
-    rows, open_whole = [], Images.open
-
-    def counted(images: Images, index: int) -> Image.Image:
-        if images.flag == "--dataset_name":
-            rows.append(index)
-        return open_whole(images, index)
-
-    monkeypatch.setattr(Images, "open", counted)
-    return rows
-
-
-class TestManyImages:
-    PLANNED = (2 + 1) * 4
-
-    def counts(self, folder: Path) -> dict:
-        return json.loads((folder / "unlearning.json").read_text())["data"]
-
-    def test_only_what_may_be_drawn_is_read(self, many, opened, tmp_path):
-        main(to_argv(many))
-        counts = self.counts(tmp_path / "out")
-        assert len(set(opened)) == counts["checked"] < self.PLANNED + 10
-        removed = counts["duplicates_removed"]
-        assert counts["checked"] == self.PLANNED + removed and counts["keep"] == 5_000 - removed
-
-    @pytest.mark.parametrize(
-        "flags",
-        [
-            {"--calibrate_forgetting": None},
-            {"--validation_steps": "2", "--num_validation_images": "4", "--ddpm_num_inference_steps": "2"},
-            {"--method": "retrack", "--method_args": "num_neighbors=3"},
-        ],
-        ids=["calibration", "detectors", "neighbours"],
-    )
-    def test_a_copy_is_compared_once_and_used_never(self, flags, many, opened, tmp_path, monkeypatch):
-        """Copies are opened twice, by the comparison; what is used is loaded once more."""
-        monkeypatch.setattr(train_siss_unconditional, "MAX_NEIGHBOR_CANDIDATES", 300)
-        monkeypatch.setattr(train_siss_unconditional, "MAX_DETECTOR_IMAGES", 300)
-        main(to_argv(many | flags))
-        times = Counter(opened)
-        copies = [row for row in times if row % 10 == 0]
-        assert len(copies) > 10 and all(times[row] == 2 for row in copies)
-        assert sum(count > 2 for count in times.values()) > 100
-        counts = self.counts(tmp_path / "out")
-        assert counts["checked"] == len(times) < 900 and counts["duplicates_removed"] == len(copies)
-
-    def test_more_steps_resume_the_same_run(self, many, tmp_path):
-        """At step 2 the data were compared as far as the first run could go, and the second goes further."""
-        main(to_argv(many | {"--max_train_steps": "6", "--output_dir": str(tmp_path / "whole")}))
-        main(to_argv(many | {"--checkpointing_steps": "2"}))
-        more = {"--max_train_steps": "6", "--resume_from_checkpoint": "latest", "--checkpointing_steps": "4"}
-        main(to_argv(many | more))
-        assert without_times(read_log(tmp_path / "out")) == without_times(read_log(tmp_path / "whole"))
-        # And fewer steps than the checkpoint was made for.
-        main(to_argv(many | more | {"--max_train_steps": "5"}))
-        assert len(read_log(tmp_path / "out")) == 5
-
-    def test_the_split_into_micro_batches_changes_nothing(self, many, tmp_path):
-        main(to_argv(many))
-        split = {"--train_batch_size": "1", "--gradient_accumulation_steps": "4"}
-        main(to_argv(many | split | {"--output_dir": str(tmp_path / "split")}))
-        assert_same_gradients(read_log(tmp_path / "out"), read_log(tmp_path / "split"))
-        assert self.counts(tmp_path / "out") == self.counts(tmp_path / "split")
-
-    def test_what_is_not_drawn_may_be_changed_and_unreadable(self, many, opened, tmp_path, capfd):
-        main(to_argv(many | {"--checkpointing_steps": "2"}))
-        drawn = opened[-1]
-        pictures = pictures_of(5_000)
-        pictures[::10] = [png(garment_image())] * 500
-        unused = next(row for row in range(5_000) if row not in opened)
-        pictures[unused] = b"not a picture"
-        more = many | {"--max_train_steps": "3", "--resume_from_checkpoint": "latest", "--max_skipped_steps": "1"}
-        write_parquet(tmp_path / "many", pictures)
-        main(to_argv(more))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        pictures[drawn] = pictures_of(5_001)[-1]
-        write_parquet(tmp_path / "many", pictures)
-        assert_refused(main, more, "the images to keep are others (5000 then, 5000 now)", tmp_path, capfd)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        pictures[drawn] = b"not a picture"
-        write_parquet(tmp_path / "many", pictures)
-        assert_refused(main, more, f"--dataset_name: cannot read image {drawn} (", tmp_path, capfd)
-
-
-def test_resuming_with_what_changes_nothing_needs_no_leave(interrupted, digits_folder, tmp_path):
-    """The same data elsewhere, the same pairs otherwise split, more steps at a constant rate."""
-    moved = shutil.copytree(digits_folder, tmp_path / "moved")
-    same = {"--train_data_dir": str(moved), "--train_batch_size": "2", "--gradient_accumulation_steps": "2"}
-    main(to_argv(interrupted | same | {"--checkpointing_steps": "1", "--checkpoints_total_limit": "1"}))
-    assert [line["step"] for line in read_log(tmp_path / "out")] == [1, 2, 3, 4]
-
-
-def test_allowed_changes_take_effect(interrupted, tmp_path):
-    changed = {"--learning_rate": "1e-3", "--lr_scheduler": "linear", "--forget_scale": "0.2"}
-    main(to_argv(interrupted | changed | {"--allow_changes": None}))
-    assert [line["lr"] for line in read_log(tmp_path / "out")] == pytest.approx([1e-4, 1e-4, 5e-4, 2.5e-4])
-    report = json.loads((tmp_path / "out" / "unlearning.json").read_text())
-    assert report["forget_scale"] == 0.2
-
-
 def test_the_split_into_micro_batches_changes_nothing(base_args, tmp_path):
     main(to_argv(base_args | {"--train_batch_size": "8"}))
     split = base_args | {"--train_batch_size": "2", "--gradient_accumulation_steps": "4"}
     main(to_argv(split | {"--output_dir": str(tmp_path / "split")}))
     assert_same_gradients(read_log(tmp_path / "out"), read_log(tmp_path / "split"))
-
-
-def test_checkpoints_rotate(base_args, tmp_path):
-    flags = {"--max_train_steps": "4", "--checkpointing_steps": "1", "--checkpoints_total_limit": "2"}
-    main(to_argv(base_args | flags))
-    assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
-    assert not list((tmp_path / "out").rglob("*.pkl")) and not list((tmp_path / "out").rglob("*.bin"))
-
-
-def test_overwrite_replaces_the_run_and_nothing_else(base_args, tmp_path):
-    main(to_argv(base_args | {"--checkpointing_steps": "1"}))
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    main(to_argv(base_args | {"--overwrite_output_dir": None, "--max_train_steps": "1"}))
-    assert len(read_log(tmp_path / "out")) == 1
-    assert not list((tmp_path / "out").glob("checkpoint-*"))
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 def test_validation_stops_when_nothing_is_left(base_args, tmp_path):
@@ -454,128 +231,6 @@ def test_what_must_be_forgotten_is_not_written_or_printed(base_args, digits_fold
             content = path.read_bytes()
             assert b"jane_doe" not in content and str(tmp_path).encode() not in content, path
     assert oct((tmp_path / "out" / "receipt.json").stat().st_mode)[-3:] == "600"
-
-
-def truncated_png(folder: Path) -> None:
-    path = folder / "digit_00.png"
-    path.write_bytes(path.read_bytes()[:60])
-
-
-def colours(folder: Path) -> None:
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / "red.png")
-
-
-def no_images(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-
-
-def only_garments(folder: Path) -> None:
-    for path in folder.glob("digit_*"):
-        path.unlink()
-
-
-BAD_INPUT = {
-    "no forget set": ({"--forget_files": ...}, None, "--forget_data_dir"),
-    "forget file that is not there": ({"--forget_files": "nobody.png"}, None, "--forget_files: nobody.png is not in"),
-    "two forget sets": ({"--forget_column": "label"}, None, "exclude each other"),
-    "empty forget folder": ({"--forget_files": ..., "--forget_data_dir": "EMPTY"}, None, "--forget_data_dir"),
-    "missing forget folder": ({"--forget_files": ..., "--forget_data_dir": "NOWHERE"}, None, "--forget_data_dir"),
-    "unknown column": ({"--forget_files": ..., "--forget_column": "person"}, None, "--forget_column"),
-    "value without column": ({"--forget_value": "x"}, None, "--forget_value needs --forget_column"),
-    "no training images": ({}, no_images, "--train_data_dir"),
-    "missing training folder": ({"--train_data_dir": "NOWHERE"}, None, "--train_data_dir"),
-    "no training set": ({"--train_data_dir": ...}, None, "--train_data_dir or --dataset_name"),
-    "nothing left to keep": ({}, only_garments, "nothing to keep"),
-    "truncated image": ({}, truncated_png, "digit_00.png"),
-    "colours for a grey model": ({}, colours, "colours"),
-    "resolution": ({"--resolution": "9"}, None, "--resolution 9"),
-    "lagged scale of a fixed one": (
-        {"--forget_scaling": "fixed", "--forget_scale_every": "5"},
-        None,
-        "--forget_scale_every needs --forget_scaling relative or norm",
-    ),
-    "unknown method": ({"--method": "forget_it"}, None, "--method"),
-    "unknown method argument": ({"--method_args": "lamda=0.5"}, None, "lam=0.5"),
-    "method argument of the wrong type": ({"--method_args": "lam=half"}, None, "lam"),
-    "lambda outside [0, 1]": ({"--method_args": "lam=1.5"}, None, "lam must lie in [0, 1]"),
-    "negative scale": ({"--forget_scale": "-1"}, None, "--forget_scale"),
-    "norm without scale": ({"--forget_scaling": "norm"}, None, "--forget_scale"),
-    "scaling for a method without": ({"--method": "neggrad", "--forget_scale": "1"}, None, "do not apply"),
-    "calibration for a method without": ({"--method": "retrack", "--calibrate_forgetting": None}, None, "--calibrate"),
-    "more neighbours than images": ({"--method": "retrack", "--method_args": "num_neighbors=99"}, None, "num_neighb"),
-    "empty timestep range": ({"--timestep_range": "5 5"}, None, "--timestep_range"),
-    "timestep range too long": ({"--timestep_range": "0 1001"}, None, "--timestep_range"),
-    "empty range of forgetting": (
-        {"--forget_timestep_ranges": "300 900 5 5"},
-        None,
-        "--forget_timestep_ranges 5 5: LO must be below HI",
-    ),
-    "half a range of forgetting": ({"--forget_timestep_ranges": "300 900 5"}, None, "an even number, not 3"),
-    "range of forgetting too long": ({"--forget_timestep_ranges": "0 1001 0 9"}, None, "--forget_timestep_ranges: HI"),
-    "range of forgetting outside": (
-        {"--forget_timestep_ranges": "300 500 200 900", "--timestep_range": "300 1000"},
-        None,
-        "--forget_timestep_ranges 200 900 must lie within --timestep_range 300 1000",
-    ),
-    "a lagged scale of two ranges of forgetting": (
-        {"--forget_timestep_ranges": "300 1000 0 300", "--forget_scale_every": "2"},
-        None,
-        "--forget_scale_every needs a single range",
-    ),
-    "one range of forgetting in sequence": (
-        {"--forget_timestep_ranges": "300 1000", "--forget_timestep_schedule": "sequential"},
-        None,
-        "--forget_timestep_schedule sequential needs several ranges in --forget_timestep_ranges, not 1",
-    ),
-    "range of forgetting for one side": (
-        {"--forget_timestep_ranges": "200 900", "--method": "neggrad"},
-        None,
-        "--forget_timestep_ranges needs a keep side and a forget side, not --method neggrad",
-    ),
-    "resume path that does not exist": (
-        {"--resume_from_checkpoint": "checkpoint-9"},
-        None,
-        "--resume_from_checkpoint",
-    ),
-    "output directory in use": ({"--output_dir": "USED"}, None, "--overwrite_output_dir"),
-    "output directory holds the data": (
-        {"--output_dir": "DATA", "--overwrite_output_dir": None},
-        None,
-        "--output_dir",
-    ),
-    "missing model": ({"--pretrained_model_name_or_path": "NOWHERE"}, None, "--pretrained_model_name_or_path"),
-    "fp16 without a GPU": ({"--mixed_precision": "fp16"}, None, "--mixed_precision fp16"),
-    "zero batch": ({"--train_batch_size": "0"}, None, "--train_batch_size"),
-    "stop without validation": ({"--stop_when_forgotten": None}, None, "--validation_steps"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_sentence_and_touches_nothing(case, base_args, digits_folder, tmp_path, capfd):
-    if case == "fp16 without a GPU" and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    flags, spoil, expected = BAD_INPUT[case]
-    data = shutil.copytree(digits_folder, tmp_path / "data")
-    if spoil is not None:
-        spoil(data)
-    (tmp_path / "EMPTY").mkdir()
-    (tmp_path / "USED").mkdir()
-    (tmp_path / "USED" / "unlearning.json").write_text("{}")
-    places = {name: str(tmp_path / name) for name in ("EMPTY", "NOWHERE", "USED")} | {"DATA": str(data)}
-    flags = base_args | {"--train_data_dir": str(data)} | flags
-    flags = {flag: places.get(value, value) for flag, value in flags.items() if value is not ...}
-    assert_refused(main, flags, expected, tmp_path, capfd)
-
-
-def test_a_model_of_pickles_is_refused(base_args, tmp_path, capfd):
-    model = shutil.copytree(TINY_MODEL, tmp_path / "pickled")
-    torch.save(UNet2DModel.from_pretrained(model / "unet").state_dict(), model / "unet/diffusion_pytorch_model.bin")
-    (model / UNET).unlink()
-    with pytest.raises(SystemExit) as exit_info:
-        run(lambda: main(to_argv(base_args | {"--pretrained_model_name_or_path": str(model)})), "train")
-    assert exit_info.value.code == 2
-    assert "--pretrained_model_name_or_path" in capfd.readouterr().err
 
 
 def test_gradients_that_never_become_finite_stop_the_run(base_args, tmp_path):
