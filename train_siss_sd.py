@@ -33,19 +33,15 @@ from siss_diffusers.errors import UsageError
 from siss_diffusers.families.stable_diffusion import check_stable_diffusion, choose_resolution
 from siss_diffusers.families.trust import loading
 from siss_diffusers.flags import (
-    Parser,
     add_training_arguments,
     add_unlearning_arguments,
     check_training_arguments,
     check_unlearning_arguments,
-    non_negative_float,
-    positive_float,
-    positive_int,
-    unit_float,
 )
 from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES, CopyDetectors, copy_statistics, for_detectors
 from siss_diffusers.metrics.sampling import sample_prompts
 from siss_diffusers.noising import min_snr_weight
+from siss_diffusers.parsing import Parser, non_negative_float, positive_float, positive_int, unit_float
 from siss_diffusers.process import program_name, run
 from siss_diffusers.storage.checkpoints import tidy
 from siss_diffusers.storage.sharding import is_sharded, load_model, reshard, save_model, save_pipeline

@@ -24,17 +24,14 @@ from siss_diffusers.draws import MODEL, torch_seed
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.trust import load_pipeline_class, loading
 from siss_diffusers.flags import (
-    Parser,
     add_training_arguments,
     add_unlearning_arguments,
     check_training_arguments,
     check_unlearning_arguments,
-    non_negative_float,
-    positive_int,
-    unit_float,
 )
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
 from siss_diffusers.metrics.sampling import sample_images
+from siss_diffusers.parsing import Parser, non_negative_float, positive_int, unit_float
 from siss_diffusers.process import program_name, run
 from siss_diffusers.storage.checkpoints import tidy
 from siss_diffusers.storage.sharding import is_sharded, load_model, reshard, save_model, save_pipeline

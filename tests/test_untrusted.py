@@ -41,9 +41,10 @@ from siss_diffusers.data.images import Images, ImageTransform
 from siss_diffusers.data.sources import check_image_paths, load_image_rows
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.trust import is_adapter
-from siss_diffusers.flags import Parser, check_training_arguments, check_unlearning_arguments
+from siss_diffusers.flags import check_training_arguments, check_unlearning_arguments
 from siss_diffusers.metrics.clip import Clip
 from siss_diffusers.metrics.features import load_torchscript
+from siss_diffusers.parsing import Parser
 
 
 SOURCES = [*Path(siss_diffusers.__file__).parent.rglob("*.py")]
