@@ -12,8 +12,9 @@ from PIL import Image
 from tiny_sd import save_pipeline
 
 import siss_diffusers
-from siss_diffusers.commands import audit
 from siss_diffusers.assets.captioned import DIGIT_CAPTIONS, FLOWER_CAPTION, TEMPLE_CAPTION
+from siss_diffusers.auditing import self_similarity
+from siss_diffusers.commands import audit
 
 
 TINY_SD = Path(siss_diffusers.__file__).parent / "assets" / "tiny_sd"
@@ -82,7 +83,7 @@ def test_the_best_match_is_found_among_training_images(model, tmp_path):
 def test_flags_are_for_what_exceeds_every_ordinary_prompt():
     ordinary = [{"noise_norm": value, "self_similarity": 0.5} for value in (1.0, 2.0, 3.0)]
     rows = [{"noise_norm": 3.5, "self_similarity": 0.1}, {"noise_norm": 3.0, "self_similarity": 0.5}]
-    audit.flag(rows, ordinary)
+    audit.compare_with_ordinary(rows, ordinary)
     assert [row["flagged"] for row in rows] == [True, False]
     assert rows[0]["p_values"] == {"noise_norm": 1 / 4, "self_similarity": 1.0}
     assert rows[1]["p_values"] == {"noise_norm": 2 / 4, "self_similarity": 1.0}
@@ -91,11 +92,11 @@ def test_flags_are_for_what_exceeds_every_ordinary_prompt():
 def test_self_similarity_sees_a_picture_that_half_of_the_samples_are():
     generator = torch.Generator().manual_seed(0)
     picture, others = torch.rand(1, 3, 8, 8, generator=generator), torch.rand(8, 3, 8, 8, generator=generator)
-    assert audit.self_similarity(others) == pytest.approx(1 - 2**0.5, abs=0.1)
-    assert audit.self_similarity(torch.cat([picture.expand(8, -1, -1, -1), others[:6]])) == pytest.approx(1)
-    assert audit.self_similarity(torch.cat([picture.expand(3, -1, -1, -1), others])) < 0.1
-    assert audit.self_similarity(others[:1]) is None
-    assert audit.self_similarity(torch.zeros(3, 3, 8, 8)) == 1  # flat, all the same
+    assert self_similarity(others) == pytest.approx(1 - 2**0.5, abs=0.1)
+    assert self_similarity(torch.cat([picture.expand(8, -1, -1, -1), others[:6]])) == pytest.approx(1)
+    assert self_similarity(torch.cat([picture.expand(3, -1, -1, -1), others])) < 0.1
+    assert self_similarity(others[:1]) is None
+    assert self_similarity(torch.zeros(3, 3, 8, 8)) == 1  # flat, all the same
 
 
 @pytest.mark.parametrize(
