@@ -2,23 +2,14 @@
 
 import ast
 import pkgutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import siss_diffusers
+from tests.helpers.imports import loaded_by
 
 
 INIT = Path(siss_diffusers.__file__)
-HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "peft", "PIL", "numpy", "tqdm"}
-
-
-def loaded_by(code: str) -> set[str]:
-    """Return which of the heavy libraries a new process has loaded after some code."""
-    program = f"{code}\nimport sys\nprint('loaded', *{{name.partition('.')[0] for name in sys.modules}})"
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    return HEAVY & {*printed.splitlines()[-1].split()}
 
 
 def test_the_package_loads_no_library():
