@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from siss_diffusers.api import unlearn as unlearn
     from siss_diffusers.combine import Products as Products
     from siss_diffusers.combine import Rule as Rule
     from siss_diffusers.combine import scaling_rule as scaling_rule
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from siss_diffusers.settings import Settings as Settings
     from siss_diffusers.settings import TextToImageSettings as TextToImageSettings
     from siss_diffusers.settings import UnconditionalSettings as UnconditionalSettings
-    from siss_diffusers.unlearning import unlearn as unlearn
     from siss_diffusers.weights import importance_weights as importance_weights
     from siss_diffusers.weights import log_density_ratio as log_density_ratio
 
@@ -47,7 +47,7 @@ _LOCATIONS = {
     "log_density_ratio": "siss_diffusers.weights",
     "make_method": "siss_diffusers.methods",
     "scaling_rule": "siss_diffusers.combine",
-    "unlearn": "siss_diffusers.unlearning",
+    "unlearn": "siss_diffusers.api",
 }
 
 __all__ = [*_LOCATIONS]
