@@ -19,7 +19,7 @@ from test_train_siss_sd import LORA, captioned_folder, full_args, lora_args, mod
 from siss_diffusers.errors import UsageError
 from siss_diffusers.hub.card import CARD_MARK
 from siss_diffusers.hub.contents import only_figures, weights_digest
-from siss_diffusers.hub.upload import collect
+from siss_diffusers.hub.upload import collect_uploads
 
 
 BASE, TOKEN, READ_TOKEN = "base/tiny-sd", "hf_write", "hf_read"
@@ -205,7 +205,7 @@ class TestCard:
 
     def test_made_anew_until_somebody_edits_it(self, forker, hub, lora_run):
         assert push(forker, lora_run).returncode == 0
-        (lora_run / "evaluation.json").write_text(json.dumps({"base": {}, "unlearned": {}, "settings": {}}))
+        (lora_run / "evaluation.json").write_text(json.dumps({"base": {}, "unlearned": {"fid": 1.5}}))
         assert push(forker, lora_run).returncode == 0
         card = hub.files(REPO)["README.md"].decode()
         assert "**Nothing.**" not in card
@@ -218,9 +218,7 @@ class TestCard:
     def test_a_base_from_a_folder_is_not_named(self, lora_run, tmp_path):
         report = json.loads((lora_run / "unlearning.json").read_text())
         (lora_run / "unlearning.json").write_text(json.dumps(report | {"base_model": None}))
-        (card,) = [
-            file.source for file in collect(lora_run, REPO, None, None, None) if file.path_in_repo == "README.md"
-        ]
+        (card,) = [file.source for file in collect_uploads(lora_run, REPO, None) if file.path_in_repo == "README.md"]
         assert b"base_model" not in card and b"THE BASE MODEL" in card and CARD_MARK.encode() in card
 
 
@@ -293,7 +291,8 @@ def test_nothing_of_what_was_forgotten_is_uploaded(forker, hub, captioned_folder
     child = push(forker, run, "--evaluation", str(evaluation))
     assert child.returncode == 0, child.output
     assert "jane" not in child.output
-    assert "evaluation.json" in hub.files(REPO) and "| base | unlearned |" in hub.files(REPO)["README.md"].decode()
+    assert "evaluation.json" in hub.files(REPO)
+    assert "| base | unlearned |" in hub.files(REPO)["README.md"].decode()
 
     uploaded = hub.uploaded_bytes()
     assert len(uploaded) > (run / "unet/diffusion_pytorch_model.safetensors").stat().st_size
@@ -318,7 +317,7 @@ def test_the_listing_comes_first_and_dry_run_stops_there(forker, hub, lora_run):
     child = push(forker, lora_run, "--dry_run")
     assert child.returncode == 0, child.output
     assert re.search(rf"To {REPO}, in one commit:\n  {LORA} +\d", child.output)
-    assert "2 other files stay here." in child.output and "Nothing was uploaded" in child.output
+    assert "2 other files are not uploaded." in child.output and "Nothing was uploaded" in child.output
     assert {request.method for request in hub.requests} <= {"GET"}  # the licence of the base
     assert not (lora_run / "README.md").exists() and REPO not in hub.repos
 
@@ -451,7 +450,7 @@ class TestBeforeTraining:
             ({"--hub_token": READ_TOKEN}, "may not write"),
             ({"--hub_model_id": "somebody/else"}, "may not write"),
             ({"--hub_model_id": "a/b/c"}, "--hub_model_id: 'a/b/c' cannot name a repository"),
-            ({"--hub_model_id": "founder/public", "--hub_private_repo": None}, "there already, and public"),
+            ({"--hub_model_id": "founder/public", "--hub_private_repo": None}, "exists already, and is public"),
         ],
         ids=["unknown token", "read token", "another's", "no name", "public"],
     )
@@ -472,8 +471,8 @@ class TestBeforeTraining:
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({}, "no unlearning.json: no run ended in it"),
-        ({"checkpoint-2/state.json": "{}"}, "the run in it has not finished"),
+        ({}, "no unlearning.json: no run has ended there"),
+        ({"checkpoint-2/state.json": "{}"}, "its run has not finished"),
         ({"unlearning.json": "{"}, "cannot be read"),
         ({"unlearning.json": "{}"}, "neither an adapter nor a pipeline"),
     ],
@@ -483,7 +482,7 @@ def test_a_folder_that_holds_no_finished_run(files, expected, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=expected):
-        collect(tmp_path, REPO, None, None, None)
+        collect_uploads(tmp_path, REPO, None)
 
 
 def test_only_figures_are_left_of_an_evaluation():

@@ -8,8 +8,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 
-from siss_diffusers.hub.contents import load
-from siss_diffusers.training.adapters import LORA_FILE
+from siss_diffusers.hub.contents import LORA_FILE, read_json_object
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ METRICS = (
 )
 
 
-def card_of(run: Path, repo_id: str, report: dict, measured: dict | None, token: str | None) -> Path | bytes:
+def make_card(run: Path, repo_id: str, report: dict, measured: dict | None, token: str | None) -> Path | bytes:
     """The card, made anew unless somebody has edited the one in the folder."""
     path = run / "README.md"
     if path.is_file():
@@ -75,7 +74,7 @@ def base_licence(base_model: str | None, token: str | None) -> dict[str, str]:
 def model_card(run: Path, repo_id: str, report: dict, measured: dict | None, licence: dict[str, str]) -> str:
     """Metadata and text of the card."""
     adapter = (run / LORA_FILE).is_file()
-    pipeline = "StableDiffusionPipeline" if adapter else load(run / "model_index.json")["_class_name"]
+    pipeline = "StableDiffusionPipeline" if adapter else read_json_object(run / "model_index.json")["_class_name"]
     conditional = pipeline == "StableDiffusionPipeline"
     base, method = report.get("base_model"), report["method"]
     data = ModelCardData(

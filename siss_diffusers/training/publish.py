@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from siss_diffusers.errors import Interrupted
-from siss_diffusers.hub.upload import again, check_repo_id, create_repository, push
+from siss_diffusers.hub.upload import check_repo_id, create_repository, push_again_command, push_run
 from siss_diffusers.training.engines import on_main_process
 from siss_diffusers.training.signals import StopSignal
 
@@ -40,6 +40,8 @@ def finish(args: argparse.Namespace, accelerator: Accelerator, stop_signal: Stop
     accelerator.end_training()
     if repo_id is not None and accelerator.is_main_process:
         if stop_signal.received is not None:
-            print(f"Saved and not pushed, for a signal came first: {again(output_dir, repo_id)}")
+            print(
+                f"Saved, but not pushed because a signal came first; push it by {push_again_command(output_dir, repo_id)}"
+            )
             raise Interrupted(stop_signal.received)
-        logger.info(push(output_dir, repo_id, args.hub_token))
+        logger.info(push_run(output_dir, repo_id, args.hub_token))
