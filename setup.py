@@ -36,7 +36,10 @@ setup(
     packages=find_packages(include=["siss_diffusers", "siss_diffusers.*"]),
     py_modules=["train_siss_unconditional", "train_siss_sd"],
     entry_points={"console_scripts": ["siss=siss_diffusers.commands.cli:cli"]},
-    package_data={"siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"]},
+    package_data={
+        "siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"],
+        "siss_diffusers.hub": ["*.jinja"],
+    },
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
@@ -46,6 +49,7 @@ setup(
         "peft>=0.21",
         "datasets>=5",
         "safetensors>=0.5",
+        "jinja2>=3.1",
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "Pillow>=10",

@@ -175,13 +175,13 @@ class TestCard:
         assert push(forker, full_run).returncode == 0
         card = hub.files(REPO)["README.md"]
         assert self.metadata(card)["base_model_relation"] == "finetune"
-        assert "lora" not in self.metadata(card)["tags"] and b"can be taken off" not in card
+        assert "lora" not in self.metadata(card)["tags"] and b"The adapter can be removed" not in card
 
     def test_says_how_many_and_that_nothing_was_evaluated(self, forker, hub, lora_run):
         assert push(forker, lora_run).returncode == 0
         card = hub.files(REPO)["README.md"].decode()
-        assert "3 images of the training set" in card and "20 others to keep" in card
-        assert "**Nothing.**" in card and "An adapter can be taken off again" in card
+        assert "3 images of the training set" in card and "20 other images to keep" in card
+        assert "**Nothing was measured.**" in card and "The adapter can be removed" in card
 
     def test_a_table_from_an_evaluation_with_its_figures_and_no_words(self, forker, hub, lora_run, tmp_path):
         entry = {"samples": 256, "copy_share": 0.863, "copy_share_low": 0.816, "copy_share_high": 0.9, "note": "jane"}
@@ -191,8 +191,8 @@ class TestCard:
         (tmp_path / "evaluation.json").write_text(json.dumps(content))
         assert push(forker, lora_run, "--evaluation", str(tmp_path)).returncode == 0
         files = hub.files(REPO)
-        assert "| 86.30 [81.60, 90.00], of 256 | 0.00 [0.00, 1.50], of 256 |" in files["README.md"].decode()
-        assert "| FID | - | 12.35 |" in files["README.md"].decode()
+        assert "| Copies | 86.3 % [81.6, 90.0] | 0.0 % [0.0, 1.5] |" in files["README.md"].decode()
+        assert "| FID | - | 12.35 | lower |" in files["README.md"].decode()
         assert b"jane" not in files["README.md"] + files["evaluation.json"]
         assert json.loads(files["evaluation.json"])["settings"]["skipped"] == ["kid"]
 
@@ -208,8 +208,8 @@ class TestCard:
         (lora_run / "evaluation.json").write_text(json.dumps({"base": {}, "unlearned": {"fid": 1.5}}))
         assert push(forker, lora_run).returncode == 0
         card = hub.files(REPO)["README.md"].decode()
-        assert "**Nothing.**" not in card
-        mine = card.replace("## Limits", "## My limits")
+        assert "**Nothing was measured.**" not in card
+        mine = card.replace("## Limitations", "## My limitations")
         (lora_run / "README.md").write_text(mine)
         child = push(forker, lora_run)
         assert child.returncode == 0 and "edited by hand" in child.output
@@ -292,7 +292,7 @@ def test_nothing_of_what_was_forgotten_is_uploaded(forker, hub, captioned_folder
     assert child.returncode == 0, child.output
     assert "jane" not in child.output
     assert "evaluation.json" in hub.files(REPO)
-    assert "| base | unlearned |" in hub.files(REPO)["README.md"].decode()
+    assert "| base model | this model |" in hub.files(REPO)["README.md"].decode()
 
     uploaded = hub.uploaded_bytes()
     assert len(uploaded) > (run / "unet/diffusion_pytorch_model.safetensors").stat().st_size
