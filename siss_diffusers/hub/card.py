@@ -130,7 +130,7 @@ def training_settings(report: dict) -> list[tuple[str, object]]:
 
 
 def format_ranges(ranges: list[tuple[int, int]], separator: str) -> str:
-    """Write ranges of timesteps as text, such as "0 to 500, then 500 to 1000"."""
+    """Return ranges of timesteps as text, such as "0 to 500, then 500 to 1000"."""
     return separator.join(f"{low} to {high}" for low, high in ranges)
 
 
@@ -151,7 +151,7 @@ def figure_rows(evaluation: dict) -> list[dict[str, str]]:
 
 
 def format_figure(metric: Metric, figures: dict) -> str:
-    """Write a figure as text, with its interval or standard deviation if the evaluation has one; "-" if it has none."""
+    """Return a figure as text, with its interval or standard deviation if there is one; "-" without a figure."""
     value, spread = figures.get(metric.key), figures.get(metric.spread)
     low, high = figures.get(f"{metric.key}_low"), figures.get(f"{metric.key}_high")
     if not is_number(value):
@@ -166,8 +166,8 @@ def format_figure(metric: Metric, figures: dict) -> str:
 
 
 def relearning_result(figures: dict) -> dict[str, object] | None:
-    """Return how long the model was fine-tuned to bring copies back, and the highest share of copies on the way; None if
-    it was not."""
+    """Return for how many steps the model was fine-tuned to bring copies back, and the highest share of copies that it
+    reached; None if this was not tested."""
     points = figures.get("relearning")
     if not points:
         return None

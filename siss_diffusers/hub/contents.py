@@ -149,8 +149,8 @@ def read_components(run: Path) -> dict[str, tuple[str, str]]:
 
 
 def is_known_library(name: str) -> bool:
-    """Return whether `model_index.json` may name this library: diffusers, transformers, or a pipeline of diffusers that
-    brings a component of its own, as `stable_diffusion` does with its safety checker."""
+    """Return whether `model_index.json` may name this library: diffusers, transformers, or the module of a pipeline of
+    diffusers, such as `stable_diffusion`, which has a safety checker of its own."""
     if name in ("diffusers", "transformers"):
         return True
     return name.isidentifier() and find_spec(f"diffusers.pipelines.{name}") is not None
@@ -181,7 +181,7 @@ def list_model_files(run: Path) -> list[Path]:
         # Without its weights or its configuration the pipeline would not load.
         needed = ".safetensors" if any("safetensors" in name for name in names) else ".json"
         if not any(path.suffix == needed for path in files):
-            raise UsageError(f"{folder} holds no {needed} file of a {class_name}; save the pipeline again")
+            raise UsageError(f"{folder} holds no {needed} file, which {class_name} needs; save the pipeline again")
         paths += files
     for path in paths:
         refuse_symbolic_link(path)
@@ -189,9 +189,10 @@ def list_model_files(run: Path) -> list[Path]:
 
 
 def refuse_symbolic_link(path: Path) -> None:
-    """
+    """Refuse to publish through a link, which may lead to any file of this machine.
+
     Raises:
-        UsageError: if the path is a symbolic link, which may lead to any file of this machine.
+        UsageError: if the path is a symbolic link.
     """
     if path.is_symlink():
         raise UsageError(f"{path} is a symbolic link, and those are not published; put a copy in its place")
@@ -211,7 +212,7 @@ def model_uploads(run: Path) -> list[Upload]:
 
 
 def without_paths(path: Path) -> Path | bytes:
-    """Return a configuration without the name of the folder that it was loaded from; the file itself if it names none."""
+    """Return a configuration without the folder that it was loaded from; the file itself if it names none."""
     content = read_json_object(path)
     cleaned = drop_keys(content, PATH_KEYS)
     return path if cleaned == content else to_json_bytes(cleaned)

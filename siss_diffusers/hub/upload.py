@@ -24,9 +24,10 @@ TEMPORARY_STATUS = (429, 500, 502, 503, 504)
 
 
 def check_repo_id(repo_id: str, flag: str) -> None:
-    """
+    """Check the name of a repository.
+
     Raises:
-        UsageError: if this cannot be the name of a repository; the message names the flag.
+        UsageError: if it cannot be one; the message names the flag.
     """
     try:
         validate_repo_id(repo_id)
