@@ -37,6 +37,7 @@ setup(
     py_modules=["train_siss_unconditional", "train_siss_sd"],
     entry_points={"console_scripts": ["siss=siss_diffusers.commands.cli:cli"]},
     package_data={
+        "siss_diffusers": ["py.typed"],
         "siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"],
         "siss_diffusers.hub": ["*.jinja"],
     },

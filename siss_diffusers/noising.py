@@ -139,3 +139,19 @@ class GaussianPath:
     def target(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should output at `add_noise(sample, noise, timesteps)`."""
         return prediction_target(self.prediction_type, sample, noise, self.alphas[timesteps], self.sigmas[timesteps])
+
+
+def loss_weights(path: GaussianPath, timesteps: Tensor, snr_gamma: float | None) -> Tensor | None:
+    """Return the weight of each row's loss beside the method's own, `(B,)`; None where all are 1.
+
+    A network that predicts the sample is trained on its loss times the signal-to-noise ratio, as in diffusers'
+    `train_unconditional.py`: that is its loss in the noise.
+
+    Args:
+        timesteps: `(B,)` indices into the path.
+        snr_gamma: of min-SNR weighting, which then takes the place of that; None for none.
+    """
+    alpha, sigma = path.alphas[timesteps], path.sigmas[timesteps]
+    if snr_gamma is not None:
+        return min_snr_weight(path.prediction_type, alpha, sigma, snr_gamma)
+    return (alpha / sigma) ** 2 if path.prediction_type == "sample" else None

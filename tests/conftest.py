@@ -1,27 +1,23 @@
-"""Small real data and the shipped tiny model, for tests that call the scripts as a user would."""
+"""Small real data and models, and flags of short runs on them. What is no fixture lies in tests/helpers."""
 
 import os
 import signal
+import socket
 from pathlib import Path
+
+import pytest
 
 
 # Before torch is imported: the processes of a launch, and whatever else runs on the machine, must not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
-import pytest
 from accelerate.state import AcceleratorState
-from PIL import Image
 
-import siss_diffusers
-from siss_diffusers.assets.digits import digit_images, garment_image
-from siss_diffusers.commands.cli import main as siss
-from siss_diffusers.process import run
-
-
-TINY_MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_ddpm_digits"
-NUM_DIGITS, NUM_GARMENTS = 24, 4
+from siss_diffusers.assets.digits import garment_image
+from tests.helpers.paths import TINY_MODEL
+from tests.helpers.pictures import write_captioned, write_digits, write_images
+from tests.helpers.tiny_sd import save_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -35,29 +31,20 @@ def fresh_accelerator():
         signal.signal(number, handler)
 
 
-def write_images(folder: Path, images: dict[str, np.ndarray]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, image in images.items():
-        Image.fromarray(image).save(folder / name)
-    return folder
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory) -> Path:
     """24 digits and 4 copies of the garment."""
-    images = {f"digit_{index:02d}.png": image for index, image in enumerate(digit_images()[0][:NUM_DIGITS])}
-    images |= {f"garment_{index}.png": garment_image() for index in range(NUM_GARMENTS)}
-    return write_images(tmp_path_factory.mktemp("digits"), images)
+    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")
 def garment_folder(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("garment"), {"garment.png": garment_image()})
-
-
-@pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
@@ -76,35 +63,70 @@ def base_args(digits_folder, cache_dir, tmp_path) -> dict[str, str | None]:
     }
 
 
-def to_argv(flags: dict[str, str | None]) -> list[str]:
-    return [word for flag, value in flags.items() for word in ([flag] if value is None else [flag, *value.split()])]
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory) -> Path:
+    """A tiny Stable Diffusion pipeline of random weights."""
+    return save_pipeline(tmp_path_factory.mktemp("model") / "sd")
 
 
-def assert_refused(main, flags: dict[str, str | None], expected: str, tmp_path: Path, capfd) -> None:
-    """One sentence on stderr that holds `expected`, exit code 2, no file written, changed or removed."""
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit) as exit_info:
-        run(lambda: main(to_argv(flags)), "train_siss.py")
-    printed = capfd.readouterr().err
-    sentence = [line for line in printed.splitlines() if "error: " in line]
-    assert exit_info.value.code == 2
-    assert len(sentence) == 1 and expected in sentence[0], printed
-    assert "Traceback" not in printed
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+@pytest.fixture(scope="session")
+def captioned_folder(tmp_path_factory) -> Path:
+    """20 real pictures to keep, half of them with the prompt of the 3 copies to forget."""
+    return write_captioned(tmp_path_factory.mktemp("captioned"))
 
 
-def run_siss(*argv: str, code: int = 0) -> None:
-    """Call a command of `siss` in process."""
-    with pytest.raises(SystemExit) as exit_info:
-        run(lambda: siss(list(argv)), "siss")
-    assert exit_info.value.code == code
+@pytest.fixture
+def full_args(pipeline_folder, captioned_folder, cache_dir, tmp_path) -> dict[str, str | None]:
+    """As `base_args`, of the Stable Diffusion script."""
+    return {
+        "--pretrained_model_name_or_path": str(pipeline_folder),
+        "--train_data_dir": str(captioned_folder),
+        "--output_dir": str(tmp_path / "out"),
+        "--cache_dir": str(cache_dir),
+        "--max_train_steps": "2",
+        "--train_batch_size": "4",
+        "--learning_rate": "1e-3",
+        "--report_to": "none",
+        "--calibrate_forgetting": "off",  # it takes longer than these runs; the tests that are about it ask for it
+    }
 
 
-def siss_error(capfd, *argv: str) -> str:
-    """The one sentence that a command of `siss` ends with on bad input."""
-    capfd.readouterr()
-    run_siss(*argv, code=2)
-    printed = capfd.readouterr().err
-    assert "Traceback" not in printed
-    (sentence,) = [line for line in printed.splitlines() if "error: " in line]
-    return sentence
+@pytest.fixture
+def lora_args(full_args) -> dict[str, str | None]:
+    return full_args | {"--use_lora": None}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A request fails the test, even where its failure would have been taken for bad input."""
+    requests = []
+
+    def refuse(*address: object) -> None:
+        requests.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    yield
+    assert not requests
+
+
+@pytest.fixture
+def no_waiting():
+    """What would wait for a pipe for ever fails."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("still waiting")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """What the code in these tests writes when it is run."""
+    yield tmp_path / "ran"
+    assert not (tmp_path / "ran").exists()

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_problem import TinyNet, draw_query, engine_gradient, micro_batches, relative_error
 
 from siss_diffusers import METHODS, scaling_rule
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, bin_edges, calibration_draws, loss_thresholds
 from siss_diffusers.combine import constant_rule
 from siss_diffusers.methods import SISS
 from siss_diffusers.noising import mean_squared_error
+from tests.helpers.tiny_problem import TinyNet, draw_query, engine_gradient, micro_batches, relative_error
 
 
 RANGES = [(0, 1000), (100, 1000), (997, 1000), (500, 525)]

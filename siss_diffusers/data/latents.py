@@ -61,15 +61,18 @@ class Latents:
         images: what to encode.
         encode: maps `(C, H, W)` pixels to mean and standard deviation of the posterior, `(c, h, w)` each, on the host.
             One image at a time, so that the latents do not depend on what else is encoded.
-        scaling_factor: of the VAE.
+        scale: from the units of the VAE to those of the network.
     """
 
     def __init__(
-        self, images: Images, encode: Callable[[Tensor], tuple[Tensor, Tensor]], scaling_factor: float
+        self,
+        images: Images,
+        encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+        scale: Callable[[Tensor], Tensor],
     ) -> None:
         self.images = images
         self.encode = encode
-        self.scaling_factor = scaling_factor
+        self.scale = scale
         self.cached: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def __len__(self) -> int:
@@ -93,4 +96,4 @@ class Latents:
         mean, std = self.encode(self.images.load(index, generator)) if self.cached is None else self.cached[index]
         if generator is not None:
             mean = mean + std * torch.from_numpy(generator.standard_normal(mean.shape, dtype=np.float32))
-        return mean * self.scaling_factor
+        return self.scale(mean)

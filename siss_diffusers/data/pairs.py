@@ -26,7 +26,7 @@ class PairDataset(Dataset):
         num_pairs: pairs in the window of one optimizer step, over all processes and micro-batches.
         timestep_range: `(lo, hi)`; timesteps are uniform in lo <= t < hi.
         seed: of every draw.
-        neighbors: from `nearest_neighbors`, for a method with `num_neighbors`.
+        neighbors: from `nearest_neighbors`, for a method that needs them.
         keep_conditions, forget_conditions: the condition of each image that is drawn, where there are conditions.
     """
 
@@ -59,7 +59,7 @@ class PairDataset(Dataset):
         generator = keyed_generator(self.seed, PAIR, window, pair)
         keep_index = self.keep_order[position]
         forget_index = shuffled_index(self.seed, 1, position, len(self.forget))
-        components = mixture_components(self.seed, window, self.num_pairs, getattr(self.method, "lam", 0.0))
+        components = mixture_components(self.seed, window, self.num_pairs, self.method.mixture)
 
         timestep = int(generator.integers(*self.timestep_range))
         keep = self.keep.load(keep_index, generator)
@@ -71,9 +71,9 @@ class PairDataset(Dataset):
             "timesteps": torch.tensor(timestep),
             "from_forget": torch.tensor(bool(components[pair])),
         }
-        if self.method.draws_uniform:
+        if "uniform" in self.method.needs:
             item["uniform"] = torch.from_numpy(generator.random(keep.shape, dtype=np.float32))
-        if self.neighbors is not None:
+        if "neighbors" in self.method.needs:
             item["neighbors"] = torch.stack([self.keep.load(index) for index in self.neighbors[forget_index]])
         if self.keep_conditions is not None:
             item["keep_condition"] = torch.tensor(self.keep_conditions[keep_index])

@@ -1,8 +1,8 @@
 """Folders and data sets as rows whose images are not yet decoded."""
 
-import argparse
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import yaml
 from datasets import load_dataset
 
+from siss_diffusers.data.images import Images, ImageTransform
 from siss_diffusers.errors import UsageError, describe_error
 
 
@@ -94,16 +95,60 @@ def check_image_paths(rows: datasets.Dataset, column: str, flag: str, roots: Seq
         first += len(cells)
 
 
-def load_image_rows(args: argparse.Namespace, flag: str, folder: str | None) -> datasets.Dataset:
-    """The rows of an image folder, or of --dataset_name where `folder` is None, their images not yet decoded."""
-    if folder is not None and not os.path.isdir(folder):
-        raise UsageError(f"{flag}: no folder {folder or repr(folder)}")
-    source, config_name = (args.dataset_name, args.dataset_config_name) if folder is None else (folder, None)
-    rows = load_rows(flag, source, config_name, args.cache_dir, image_folder=folder is not None)
-    column = args.image_column if folder is None or folder == args.train_data_dir else "image"
+@dataclass(frozen=True)
+class ImageRows:
+    """Rows with a column of images that are not yet decoded.
+
+    Args:
+        rows: the data set.
+        column: of the images; `datasets.Image(decode=False)`.
+        flag: where the rows come from, for messages.
+    """
+
+    rows: datasets.Dataset
+    column: str
+    flag: str
+
+    def images(self, transform: ImageTransform) -> Images:
+        return Images(self.rows, self.column, transform, self.flag)
+
+
+def load_image_rows(
+    flag: str,
+    source: str,
+    column: str,
+    *,
+    is_folder: bool,
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+) -> ImageRows:
+    """Load the rows of an image folder, or of a data set, their images not yet decoded.
+
+    Args:
+        source: the folder, or the name of the data set.
+
+    Raises:
+        UsageError: naming the flag, for a source that cannot be read or has no such column.
+    """
+    if is_folder and not os.path.isdir(source):
+        raise UsageError(f"{flag}: no folder {source or repr(source)}")
+    rows = load_rows(flag, source, config_name, cache_dir, image_folder=is_folder)
+    downloads = (cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
+    roots = [source] if os.path.isdir(source) else [str(root) for root in downloads if root]
+    return undecoded(rows, column, flag, roots)
+
+
+def undecoded(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[str] | None) -> ImageRows:
+    """Stop a data set from decoding images by itself, and leave out what else it would decode.
+
+    Args:
+        roots: folders below which every image file must lie; None for a data set of the caller's own.
+
+    Raises:
+        UsageError: where there is no such column, or an image lies elsewhere.
+    """
     if not isinstance(rows.features.get(column), datasets.Image):
         raise UsageError(f"--image_column: {flag} has no image column {column!r}, only {', '.join(rows.features)}")
-    # No others that would be decoded with every row.
     plain = (datasets.Value, datasets.ClassLabel)
     kept = [
         name
@@ -111,7 +156,6 @@ def load_image_rows(args: argparse.Namespace, flag: str, folder: str | None) -> 
         if name == column or isinstance(getattr(feature, "feature", feature), plain)
     ]
     rows = rows.select_columns(kept).cast_column(column, datasets.Image(decode=False))
-    downloads = (args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
-    roots = [source] if os.path.isdir(source) else [str(root) for root in downloads if root]
-    check_image_paths(rows, column, flag, roots)
-    return rows
+    if roots is not None:
+        check_image_paths(rows, column, flag, roots)
+    return ImageRows(rows, column, flag)

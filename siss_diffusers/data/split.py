@@ -1,74 +1,159 @@
 """The split of a data set into what to keep and what to forget."""
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from siss_diffusers.data.forget_set import forget_rows_of
 from siss_diffusers.data.images import Images, ImageTransform
 from siss_diffusers.data.keep_order import KeepOrder, digest_images
-from siss_diffusers.data.sources import load_image_rows
+from siss_diffusers.data.sources import ImageRows, load_image_rows
 from siss_diffusers.errors import UsageError
 
 
+@dataclass(frozen=True)
+class GivenRows:
+    """The training set, and what of it is to be forgotten.
+
+    Args:
+        train: the training set.
+        forget: the forget set, where it is a set of its own.
+        forget_indices: rows of `train` to forget, where it is not.
+    """
+
+    train: ImageRows
+    forget: ImageRows | None = None
+    forget_indices: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where the training set and the forget set come from, under the names of the flags."""
+
+    train_data_dir: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    image_column: str = "image"
+    cache_dir: str | None = None
+    forget_data_dir: str | None = None
+    forget_files: tuple[str, ...] | None = None
+    forget_column: str | None = None
+    forget_value: str | None = None
+
+    @classmethod
+    def of(cls, options: object) -> "DataSource":
+        """Take the attributes of the same names from settings or parsed flags."""
+        return cls(**{name: getattr(options, name) for name in cls.__dataclass_fields__})
+
+    def check(self) -> None:
+        """Refuse two training sets, or none.
+
+        Raises:
+            UsageError: naming the flags.
+        """
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise UsageError("give the training set by either --train_data_dir or --dataset_name")
+
+    def load(self) -> GivenRows:
+        """Load the rows; no image is read.
+
+        Raises:
+            UsageError: naming the flag, for what cannot be read, or where nothing says what to forget.
+        """
+        self.check()
+        with PartialState().main_process_first():
+            if self.train_data_dir is not None:
+                train = self._folder("--train_data_dir", self.train_data_dir, self.image_column)
+            else:
+                train = load_image_rows(
+                    "--dataset_name",
+                    self.dataset_name,
+                    self.image_column,
+                    is_folder=False,
+                    config_name=self.dataset_config_name,
+                    cache_dir=self.cache_dir,
+                )
+            if self.forget_data_dir is not None:
+                same = self.forget_data_dir == self.train_data_dir
+                column = self.image_column if same else "image"
+                return GivenRows(train, self._folder("--forget_data_dir", self.forget_data_dir, column))
+        indices = forget_rows_of(
+            train.rows, train.column, self.forget_files, self.forget_column, self.forget_value, self.train_data_dir
+        )
+        if indices is None:
+            raise UsageError(
+                "nothing to forget: give --forget_data_dir, --forget_files or --forget_column, or a data set with a"
+                " boolean column `forget`"
+            )
+        return GivenRows(train, forget_indices=indices)
+
+    def _folder(self, flag: str, folder: str, column: str) -> ImageRows:
+        return load_image_rows(flag, folder, column, is_folder=True, cache_dir=self.cache_dir)
+
+
+@dataclass(frozen=True)
+class Split:
+    """What to keep and what to forget.
+
+    Args:
+        train: the training set, which `order` has the numbers of.
+        forget: the images to forget.
+        order: the images to keep, in the order in which they are drawn.
+        forget_digests: of the pixels of each image to forget.
+    """
+
+    train: Images
+    forget: Images
+    order: KeepOrder
+    forget_digests: list[bytes]
+
+    def counts(self) -> dict[str, int]:
+        """Return the numbers of images for `unlearning.json`."""
+        return {"train": len(self.train), "forget": len(self.forget), **self.order.counts()}
+
+
 def split_data(
-    args: argparse.Namespace,
+    given: GivenRows,
     transform: ImageTransform,
-    accelerator: Accelerator,
+    seed: int,
     num_positions: int | None = None,
     max_keep: int | None = None,
-) -> tuple[Images, Images, KeepOrder, list[bytes]]:
-    """What to keep and what to forget, by the flags of `add_unlearning_arguments`.
+) -> Split:
+    """Split a training set; exact duplicates of images to forget leave the keep set.
 
     Args:
         num_positions: how far the order of the images to keep is checked; None: every image.
         max_keep: use only so many images of the keep set.
 
-    Returns:
-        The training set, the forget set, the order of what to keep of the former, and the digests of the latter.
-
     Raises:
         UsageError: for a set that is empty, or an image that is needed and cannot be used.
     """
-    train_flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
-    with accelerator.main_process_first():
-        rows = load_image_rows(args, train_flag, args.train_data_dir)
-        forget_rows = None
-        if args.forget_data_dir is not None:
-            forget_rows = load_image_rows(args, "--forget_data_dir", args.forget_data_dir)
-    train = Images(rows, args.image_column, transform, train_flag)
-
+    train = given.train.images(transform)
     candidates = np.arange(len(train))
-    if forget_rows is not None:
-        forget = Images(forget_rows, "image", transform, "--forget_data_dir")
+    if given.forget is not None:
+        forget = given.forget.images(transform)
     else:
-        forget_indices = forget_rows_of(
-            rows, args.image_column, args.forget_files, args.forget_column, args.forget_value, args.train_data_dir
-        )
-        if forget_indices is None:
-            raise UsageError(
-                "nothing to forget: give --forget_data_dir, --forget_files or --forget_column, or a data set with a"
-                " boolean column `forget`"
-            )
-        forget = train.select(forget_indices)
-        candidates = np.delete(candidates, forget_indices)
+        forget = train.select(given.forget_indices)
+        candidates = np.delete(candidates, given.forget_indices)
     if len(forget) == 0:
         raise UsageError("the forget set is empty; check --forget_data_dir, --forget_column and --forget_value")
 
+    state = PartialState()
     digest = partial(
         digest_images,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        gather=gather_object if accelerator.num_processes > 1 else list,
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+        gather=gather_object if state.num_processes > 1 else list,
     )
-    forget_digests = digest(train, forget_indices) if forget_rows is None else digest(forget, range(len(forget)))
-    order = KeepOrder(train, candidates, set(forget_digests), args.seed, max_keep)
+    in_train = given.forget_indices
+    forget_digests = digest(forget, range(len(forget))) if in_train is None else digest(train, in_train)
+    order = KeepOrder(train, candidates, set(forget_digests), seed, max_keep)
     order.walk(len(train) if num_positions is None else num_positions, digest)
     if len(order.drawn) == 0:
         raise UsageError(
             "nothing to keep: every image of the training set is in the forget set; widen --train_data_dir"
         )
-    return train, forget, order, forget_digests
+    return Split(train, forget, order, forget_digests)

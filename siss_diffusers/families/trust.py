@@ -14,13 +14,14 @@ ONLY_PICKLES = (
     "holds its weights as pickles ({}), which can run code when they are read; save them as safetensors in a place that"
     " you trust, by loading and `save_pretrained(..., safe_serialization=True)`, or name a revision that has them"
 )
+COMPONENTS_WITH_WEIGHTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 OWN_CODE = (
     "brings code of its own ({}), which is never run; use a model made of the classes of diffusers and transformers"
 )
 
 
 def check_safetensors(name: str | Path, flag: str) -> None:
-    """Of a local folder, of a pipeline or of one model, that the weights to be read are no pickles.
+    """Refuse a local pipeline or model whose weights are pickles.
 
     Raises:
         UsageError: naming the file that is one.
@@ -29,7 +30,7 @@ def check_safetensors(name: str | Path, flag: str) -> None:
     if os.path.isfile(name):
         folders = [folder] if folder.suffix in PICKLES else []
     elif os.path.isfile(folder / "model_index.json"):
-        folders = [folder / part for part in ("unet", "vae", "text_encoder")]
+        folders = [folder / component for component in COMPONENTS_WITH_WEIGHTS]
     else:
         folders = [folder]
     for part in folders:
@@ -40,9 +41,10 @@ def check_safetensors(name: str | Path, flag: str) -> None:
 
 
 def check_components(config: dict, name: str, flag: str) -> None:
-    """
+    """Refuse a pipeline whose `model_index.json` names anything but classes of the libraries.
+
     Raises:
-        UsageError: for a pipeline, by its model_index.json, of anything but classes of the libraries.
+        UsageError: naming the component.
     """
     from diffusers import pipelines
 
@@ -75,11 +77,11 @@ def loading(name: str | Path, flag: str) -> Iterator[None]:
         raise UsageError(f"{flag}: {name} cannot be loaded ({describe_error(error)}){hint}") from error
 
 
-def load_pipeline_class(name: str, flag: str, **where: str | None) -> str:
-    """The class of a pipeline, from its configuration.
+def load_pipeline_config(name: str, flag: str, **where: str | None) -> dict:
+    """Read the `model_index.json` of a pipeline: its class and those of its components.
 
     Raises:
-        UsageError: where there is no pipeline, or one that is not to be read.
+        UsageError: where there is no pipeline, or one that must not be read.
     """
     from diffusers import DiffusionPipeline
 
@@ -87,7 +89,7 @@ def load_pipeline_class(name: str, flag: str, **where: str | None) -> str:
     try:
         config = DiffusionPipeline.load_config(name, **where)
         check_components(config, name, flag)
-        return config["_class_name"]
+        return config
     except UsageError:
         raise
     except Exception as error:  # whatever is there instead

@@ -24,8 +24,8 @@ class Query:
         path: the noise levels.
         keep_condition, forget_condition: `(B,)` int64, what the network is told of x and of a beside the timestep, as
             indices into a table of the caller's (prompts, say); equal where x and a share it. None for neither.
-        uniform: `(B, C, H, W)`, U[0, 1) noise; only for a method that `draws_uniform`.
-        neighbors: `(B, K, C, H, W)`, the keep images nearest to a; only for a method with `num_neighbors`.
+        uniform: `(B, C, H, W)`, U[0, 1) noise; only for a method that needs it.
+        neighbors: `(B, K, C, H, W)`, the keep images nearest to a; only for a method that needs them.
     """
 
     keep: Tensor
@@ -142,7 +142,8 @@ class Method(ABC):
         paper: title and address of the paper that the method comes from; the model card cites it.
         takes_scaling: whether the forget gradient is subtracted by a scaling rule of the user's choice.
         subtracts_forget: whether the forget loss is ascended, and so can be calibrated.
-        draws_uniform: whether the query needs `uniform`.
+        needs: what a query must hold beside the pair: any of `uniform` and
+            `neighbors` (then the method has a hyperparameter `num_neighbors`).
         has_both_sides: whether it learns from keep images and from forget images.
     """
 
@@ -151,8 +152,13 @@ class Method(ABC):
     paper: ClassVar[tuple[str, str]]
     takes_scaling: ClassVar[bool] = False
     subtracts_forget: ClassVar[bool] = False
-    draws_uniform: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
     has_both_sides: ClassVar[bool] = True
+
+    @property
+    def mixture(self) -> float:
+        """Return the share of pairs whose `from_forget` is drawn to be True; 0 where a method does not read it."""
+        return 0.0
 
     @abstractmethod
     def rows(self, query: Query) -> Rows:

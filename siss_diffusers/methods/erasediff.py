@@ -22,7 +22,7 @@ class EraseDiff(Method):
     name = "erasediff"
     summary = "pulls the output on forget images towards uniform noise"
     paper = ("Erasing Undesirable Influence in Diffusion Models", "https://arxiv.org/abs/2401.05779")
-    draws_uniform = True
+    needs = frozenset({"uniform"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta < math.inf:

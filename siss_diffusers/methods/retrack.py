@@ -28,6 +28,7 @@ class ReTrack(Method):
         "ReTrack: Data Unlearning in Diffusion Models through Redirecting the Denoising Trajectory",
         "https://arxiv.org/abs/2509.13007",
     )
+    needs = frozenset({"neighbors"})
 
     def __post_init__(self) -> None:
         check_unit_interval("lam", self.lam)

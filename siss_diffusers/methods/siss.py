@@ -34,6 +34,10 @@ class SISS(Method):
     def __post_init__(self) -> None:
         check_unit_interval("lam", self.lam)
 
+    @property
+    def mixture(self) -> float:
+        return self.lam
+
     def rule(self, scaling: Rule) -> Rule:
         return scaling
 
@@ -101,6 +105,10 @@ class SubscoreBernoulli(Method):
 
     def __post_init__(self) -> None:
         check_unit_interval("lam", self.lam, open_interval=True)
+
+    @property
+    def mixture(self) -> float:
+        return self.lam
 
     def rule(self, scaling: Rule) -> Rule:
         return scaling

@@ -94,24 +94,28 @@ def save_model(model: ModelMixin, folder: Path | None) -> None:
 
 
 def save_pipeline(
-    make_pipeline: Callable[[ModelMixin], DiffusionPipeline], unet: ModelMixin, folder: Path | None
+    make_pipeline: Callable[[ModelMixin], DiffusionPipeline],
+    network: ModelMixin,
+    folder: Path | None,
+    network_name: str,
 ) -> None:
-    """Save the pipeline around a UNet that may be sharded; `folder` as in `save_model`.
+    """Save the pipeline around a network that may be sharded; `folder` as in `save_model`.
 
     Args:
-        make_pipeline: from a UNet to its pipeline; called where there is a folder.
+        make_pipeline: from a network to its pipeline; called where there is a folder.
+        network_name: the component that the network is.
     """
-    if not is_sharded(unet):
+    if not is_sharded(network):
         if folder is not None:
-            make_pipeline(unet).save_pretrained(folder)
+            make_pipeline(network).save_pretrained(folder)
         return
     if folder is not None:
-        pipeline = make_pipeline(skeleton(unet))
+        pipeline = make_pipeline(skeleton(network))
         for name, component in pipeline.components.items():
-            if name != "unet" and component is not None:
+            if name != network_name and component is not None:
                 component.save_pretrained(folder / name)
         pipeline.save_config(folder)
-    save_model(unet, None if folder is None else folder / "unet")
+    save_model(network, None if folder is None else folder / network_name)
 
 
 def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

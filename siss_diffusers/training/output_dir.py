@@ -1,11 +1,11 @@
 """The output directory: what may be in it, and what a run removes from it."""
 
-import argparse
 import os
 import shutil
 from pathlib import Path
 
 from siss_diffusers.errors import UsageError
+from siss_diffusers.settings import Settings
 
 
 # What a run leaves in its output directory; `--overwrite_output_dir` removes these and nothing else.
@@ -13,14 +13,14 @@ RUN_FILES = ("unlearning.json", "train_log.jsonl", "validation_log.jsonl", "rece
 RUN_FOLDERS = ("logs",)
 
 
-def check_output_dir(args: argparse.Namespace) -> None:
+def check_output_dir(settings: Settings) -> None:
     """Refuse an output directory that holds anything, unless told to overwrite or to resume.
 
     Raises:
         UsageError: naming the flags that help. Nothing is removed here.
     """
-    output_dir = Path(args.output_dir)
-    if not args.output_dir:
+    output_dir = Path(settings.output_dir)
+    if not settings.output_dir:
         raise UsageError("--output_dir must not be empty; name a folder")
     try:
         is_file = output_dir.exists() and not output_dir.is_dir()
@@ -29,12 +29,12 @@ def check_output_dir(args: argparse.Namespace) -> None:
     if is_file:
         raise UsageError(f"--output_dir: {output_dir} is a file; name a folder")
     for flag in ("pretrained_model_name_or_path", "train_data_dir", "forget_data_dir"):
-        given = getattr(args, flag)
-        if given is not None and os.path.isdir(given):
+        given = getattr(settings, flag)
+        if given and os.path.isdir(given):
             source, target = Path(given).resolve(), output_dir.resolve()
             if source == target or target in source.parents:
                 raise UsageError(f"--output_dir must not be, or contain, --{flag}; name another folder")
-    if args.resume_from_checkpoint is None and not args.overwrite_output_dir:
+    if settings.resume_from_checkpoint is None and not settings.overwrite_output_dir:
         if output_dir.is_dir() and any(output_dir.iterdir()):
             raise UsageError(
                 f"--output_dir: {output_dir} is not empty; add --overwrite_output_dir to replace the run in it,"

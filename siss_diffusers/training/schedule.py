@@ -1,37 +1,33 @@
-"""Which timesteps a step forgets at."""
-
-import argparse
+"""What changes from step to step: the timesteps of forgetting, and when its scale is measured anew."""
 
 from siss_diffusers.errors import UsageError
+from siss_diffusers.settings import Settings
+from siss_diffusers.training.state import Progress
 
 
-def timestep_ranges(
-    args: argparse.Namespace, num_timesteps: int
-) -> tuple[tuple[int, int], list[tuple[int, int]], tuple[int, int]]:
-    """--timestep_range and --forget_timestep_ranges of a model, with the defaults filled in.
-
-    Returns:
-        `(lo, hi)` of training, those of forgetting, and the `(lo, hi)` that all of the latter lie in.
+def timestep_ranges(settings: Settings, num_timesteps: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """Return the `(lo, hi)` of training and those of forgetting, with the defaults filled in.
 
     Raises:
         UsageError: for one that goes beyond the model's timesteps.
     """
-    timestep_range = tuple(args.timestep_range or (0, num_timesteps))
-    forget_ranges = args.forget_timestep_ranges or [timestep_range]
+    timestep_range = tuple(settings.timestep_range or (0, num_timesteps))
+    forget_ranges = settings.forget_timestep_ranges or [timestep_range]
     for flag, ranges in (("timestep_range", [timestep_range]), ("forget_timestep_ranges", forget_ranges)):
         if max(high for _, high in ranges) > num_timesteps:
             raise UsageError(f"--{flag}: HI must not exceed the model's {num_timesteps} timesteps")
-    return (
-        timestep_range,
-        forget_ranges,
-        (min(low for low, _ in forget_ranges), max(high for _, high in forget_ranges)),
-    )
+    return timestep_range, forget_ranges
 
 
 def current_forget_range(
-    args: argparse.Namespace, forget_ranges: list[tuple[int, int]], state: dict[str, int | float | None]
+    settings: Settings, forget_ranges: list[tuple[int, int]], progress: Progress
 ) -> tuple[int, int]:
-    """--forget_timestep_schedule: the `(lo, hi)` of the next step. A skipped step takes no share of a sequence away."""
-    if args.forget_timestep_schedule == "sequential":
-        return forget_ranges[state["global_step"] * len(forget_ranges) // args.max_train_steps]
-    return forget_ranges[state["window"] % len(forget_ranges)]
+    """Return the `(lo, hi)` in which the next step forgets. A skipped step takes no share of a sequence away."""
+    if settings.forget_timestep_schedule == "sequential":
+        return forget_ranges[progress.global_step * len(forget_ranges) // settings.max_train_steps]
+    return forget_ranges[progress.window % len(forget_ranges)]
+
+
+def lagged_forget_scale(settings: Settings, progress: Progress) -> float | None:
+    """Return the scale of an earlier step (--forget_scale_every); None where this step has to find its own."""
+    return None if progress.window % settings.forget_scale_every == 0 else progress.forget_scale

@@ -1,22 +1,129 @@
-"""Samples during training."""
+"""Samples during training: copies are counted, and pictures go to the tracker."""
 
-import argparse
-from pathlib import Path
+import logging
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
+from siss_diffusers.families import Conditions, Family, Sampling
+from siss_diffusers.gradients.stats import StepStats
+from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, for_detectors
+from siss_diffusers.settings import Settings
 from siss_diffusers.storage.files import append_json_line
+from siss_diffusers.training.network import TrainedNetwork
+from siss_diffusers.training.run import Run
+from siss_diffusers.training.samples import Samples
+from siss_diffusers.training.training_set import TrainingSet
 
 
-def log_validation(args: argparse.Namespace, accelerator: Accelerator, step: int, found: dict) -> None:
-    """`found`, from `copy_statistics`, to `validation_log.jsonl` and the tracker."""
-    append_json_line(Path(args.output_dir) / "validation_log.jsonl", {"step": step, **found})
-    accelerator.log({"copy_share": found["copy_share"]}, step=step)
+logger = logging.getLogger(__name__)
+
+# With calibration the share of the forget weight that is still pushed tells, without a sample, when looking is worth it.
+NEARLY_FORGOTTEN = 0.05
 
 
-def log_sample_images(accelerator: Accelerator, name: str, images: torch.Tensor, step: int) -> None:
-    """A batch of samples `(N, C, H, W)` in [0, 1] to the tracker."""
+class Validation:
+    """Samples from the network as it is, and looks for copies of the forget images.
+
+    The detectors are those of `siss evaluate`: the same size, calibrated on images to keep.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        family: Family,
+        pipeline: Any,
+        network: TrainedNetwork,
+        samples: Samples,
+        training_set: TrainingSet,
+    ) -> None:
+        self.run, self.settings, self.accelerator = run, run.settings, run.accelerator
+        self.family, self.pipeline, self.network, self.samples = family, pipeline, network, samples
+        self.every = validation_interval(run)
+        self.detectors = None
+        if self.accelerator.is_main_process and (self.every or self.settings.save_images_epochs):
+            split = training_set.split
+            references = training_set.pictures(split.forget, range(len(split.forget)))
+            keep = training_set.pictures(split.train, training_set.detector_rows)
+            self.detectors = CopyDetectors.calibrated(for_detectors(references), for_detectors(keep))
+
+    def is_due(self, stats: StepStats) -> bool:
+        """Tell whether to look after this step."""
+        waits = self.settings.stop_when_forgotten and stats.forget_active is not None
+        if stats.skipped or not self.every or (waits and stats.forget_active >= NEARLY_FORGOTTEN):
+            return False
+        return self.run.progress.global_step % self.every == 0
+
+    def finds_no_copy(self) -> bool:
+        """Count the copies among fresh samples for the forget images; return whether there is none.
+
+        Samples of --validation_prompts go to the tracker, copies blanked out.
+        """
+        step, rows = self.run.progress.global_step, self.samples.forget_prompt_rows
+        images = self.draw(rows, self.settings.num_validation_images)
+        forgotten = [False]
+        if self.accelerator.is_main_process:
+            statistics = copy_statistics(self.flags(images))
+            append_json_line(self.run.output_dir / "validation_log.jsonl", {"step": step, **statistics})
+            self.accelerator.log({"copy_share": statistics["copy_share"]}, step=step)
+            logger.info(f"Step {step}: {100 * statistics['copy_share']:.2f} % of the samples are copies")
+            forgotten = [statistics["copy_share"] == 0]
+        for index, row in enumerate(self.samples.validation_rows):
+            self.log_images(f"validation_{index}", self.draw((row,), self.settings.num_validation_images))
+        return broadcast_object_list(forgotten)[0]
+
+    def log_samples(self) -> None:
+        """Log samples of an unconditional model to the tracker, copies blanked out."""
+        self.log_images("samples", self.draw((), self.settings.eval_batch_size))
+
+    def flags(self, images: Tensor) -> dict[str, Tensor]:
+        return self.detectors.flags(for_detectors(images))
+
+    def log_images(self, name: str, images: Tensor | None) -> None:
+        """Log a batch of samples; what must be forgotten is not logged."""
+        if not self.accelerator.is_main_process:
+            return
+        images[self.flags(images)["any"]] = 0.5
+        log_to_trackers(self.accelerator, name, images, self.run.progress.global_step)
+
+    def draw(self, rows: tuple[int, ...], samples_of_each: int) -> Tensor | None:
+        """Sample on the main process; with sharded weights on all of them, which have to take part.
+
+        Args:
+            rows: of the table of conditions; empty for unconditional models.
+        """
+        if not (self.accelerator.is_main_process or self.network.sharded):
+            return None
+        settings, unconditional = self.settings, None
+        conditions = Conditions({}, samples_of_each)
+        if rows:
+            conditions = self.samples.conditions[[row for row in rows for _ in range(samples_of_each)]]
+            unconditional = self.samples.conditions[[self.samples.empty_row]]
+        with self.network.averaged(), self.accelerator.autocast():
+            images = self.family.sample(self.pipeline, conditions, unconditional, sampling_of(settings))
+            self.network.reshard()
+        return images
+
+
+def sampling_of(settings: Settings) -> Sampling:
+    """Return how a run draws its samples."""
+    return Sampling(
+        settings.num_inference_steps, settings.guidance_scale, settings.eval_batch_size, seed=settings.seed
+    )
+
+
+def validation_interval(run: Run) -> int | None:
+    """Return after how many steps to look; None for never."""
+    if run.settings.validation_epochs is not None:
+        return run.settings.validation_epochs * run.steps_per_epoch
+    return run.settings.validation_steps
+
+
+def log_to_trackers(accelerator: Accelerator, name: str, images: torch.Tensor, step: int) -> None:
+    """Log a batch of pictures `(N, C, H, W)` in [0, 1]."""
     pictures = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -1,11 +1,11 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from tiny_sd import build_pipeline
 
 from siss_diffusers.metrics.noise_norm import TextNoiseNorms, first_noise_norm, mean_noise_norm
 from siss_diffusers.metrics.sampling import sample_prompts
 from siss_diffusers.noising import GaussianPath
+from tests.helpers.tiny_sd import build_pipeline
 
 
 PROMPTS = ["a photograph", "graph a photo photograph", "photo"]

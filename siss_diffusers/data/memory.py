@@ -1,0 +1,106 @@
+"""Images in memory as rows: data sets, lists of pictures, and pictures with prompts."""
+
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from siss_diffusers.data.sources import ImageRows, load_image_rows, undecoded
+from siss_diffusers.errors import UsageError
+
+
+# What PNG can hold; other modes are stored as TIFF.
+PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+
+
+def rows_of(
+    images: Any,
+    name: str,
+    caption_column: str | None = None,
+    prompts: str | Sequence[str] | None = None,
+    cache_dir: str | None = None,
+) -> ImageRows:
+    """Make rows of images in any form that `unlearn(...)` takes.
+
+    Args:
+        images: a folder, a `datasets.Dataset`, or a list of PIL images or of (image, prompt) pairs.
+        name: of the argument, for messages.
+        caption_column: the column of the prompts; None for unconditional models.
+        prompts: one prompt for all images, or one for each; they take the place of those in the data.
+
+    Raises:
+        UsageError: for anything else, or a number of prompts that is not that of the images.
+    """
+    if isinstance(images, str | os.PathLike):
+        rows = load_image_rows(name, str(images), "image", is_folder=True, cache_dir=cache_dir)
+    elif isinstance(images, datasets.Dataset):
+        rows = undecoded(images, image_column_of(images, name), name, roots=None)
+    elif isinstance(images, Sequence):
+        rows = rows_of_pictures(images, name, caption_column)
+    else:
+        raise UsageError(
+            f"{name} must be a folder, a datasets.Dataset, or a list of images or of (image, prompt) pairs, not"
+            f" {type(images).__name__}"
+        )
+    return rows if prompts is None or caption_column is None else with_prompts(rows, prompts, caption_column)
+
+
+def image_column_of(dataset: datasets.Dataset, name: str) -> str:
+    """Return the column of the images: `image`, or the only one that holds images.
+
+    Raises:
+        UsageError: where there is none or a choice.
+    """
+    columns = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if "image" in columns:
+        return "image"
+    if len(columns) != 1:
+        raise UsageError(
+            f"{name} needs one column of images called 'image'; its columns are {', '.join(dataset.features)}"
+        )
+    return columns[0]
+
+
+def rows_of_pictures(pictures: Sequence, name: str, caption_column: str | None) -> ImageRows:
+    """Make rows of PIL images, or of (image, prompt) pairs.
+
+    Raises:
+        UsageError: for anything else in the list.
+    """
+    cells, captions = [], []
+    for index, item in enumerate(pictures):
+        picture, caption = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+        if not isinstance(picture, Image.Image) or not isinstance(caption, str | None):
+            raise UsageError(f"{name}[{index}] is neither a PIL image nor an (image, prompt) pair")
+        cells.append({"bytes": encoded(picture), "path": None})
+        captions.append(caption)
+    columns, features = {"image": cells}, {"image": datasets.Image(decode=False)}
+    if caption_column is not None and any(caption is not None for caption in captions):
+        columns[caption_column], features[caption_column] = captions, datasets.Value("string")
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return ImageRows(rows, "image", name)
+
+
+def encoded(picture: Image.Image) -> bytes:
+    """Encode a picture without loss."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG" if picture.mode in PNG_MODES else "TIFF")
+    return file.getvalue()
+
+
+def with_prompts(rows: ImageRows, prompts: str | Sequence[str], caption_column: str) -> ImageRows:
+    """Return rows with these prompts in the column of captions.
+
+    Raises:
+        UsageError: for a number of prompts that is not that of the rows.
+    """
+    texts = [prompts] * len(rows.rows) if isinstance(prompts, str) else list(prompts)
+    if len(texts) != len(rows.rows):
+        raise UsageError(f"prompts: there are {len(texts)} for {len(rows.rows)} images to {rows.flag}")
+    dataset = rows.rows
+    if caption_column in dataset.features:
+        dataset = dataset.remove_columns(caption_column)
+    return ImageRows(dataset.add_column(caption_column, texts), rows.column, rows.flag)

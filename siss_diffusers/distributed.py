@@ -1,0 +1,48 @@
+"""Work that is shared out over the processes of a launch."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+
+from siss_diffusers.errors import UsageError
+
+
+T = TypeVar("T")
+
+
+def on_all_processes(function: Callable, items: Sequence, progress: str | None = None) -> list:
+    """Return `[function(item) for item in items]` on every process, each having done a part of it.
+
+    What an item is must not depend on the number of processes: an item is a batch, then, not a sample.
+
+    Args:
+        progress: label of a progress bar; None for none.
+    """
+    state = PartialState()
+    hidden = progress is None or not state.is_main_process or len(items) < 2
+    indices = range(state.process_index, len(items), state.num_processes)
+    results = [(index, function(items[index])) for index in tqdm(indices, desc=progress, disable=hidden)]
+    if state.num_processes > 1:
+        results = sorted(gather_object(results), key=lambda pair: pair[0])
+    return [result for _, result in results]
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """Return on every process what `function` returns on the main one.
+
+    Raises:
+        UsageError: on every process, where it does on the main one.
+    """
+    outcome: list = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = function()
+        except UsageError as error:
+            outcome[1] = str(error)
+    result, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise UsageError(problem)
+    return result

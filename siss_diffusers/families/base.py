@@ -1,0 +1,206 @@
+"""What differs between kinds of pipeline: how prompts and pictures reach the network, and how its answer is read."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from siss_diffusers.noising import GaussianPath
+
+
+if TYPE_CHECKING:
+    from siss_diffusers.families.sources import PipelineSource
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a network is told beside the timestep, a row for each of `size` prompts or samples.
+
+    Args:
+        tensors: `(size, ...)` each, under the names that the network has for them. Empty for unconditional models.
+        size: number of rows.
+    """
+
+    tensors: dict[str, Tensor]
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> "Conditions":
+        """Select rows, by numbers or by a slice."""
+        numbers = torch.arange(self.size)[rows]
+        return Conditions({name: t[numbers.to(t.device)] for name, t in self.tensors.items()}, len(numbers))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditions":
+        """Move all tensors to a device; floating ones also to `dtype`."""
+        moved = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.tensors.items()
+        }
+        return Conditions(moved, self.size)
+
+    @staticmethod
+    def cat(parts: Sequence["Conditions"]) -> "Conditions":
+        """Put tables of the same names below each other."""
+        joined = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        return Conditions(joined, sum(len(part) for part in parts))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How samples are drawn.
+
+    Args:
+        num_inference_steps: steps of the sampler.
+        guidance_scale: of classifier-free guidance; 1 is none. Unconditional models ignore it.
+        batch_size: samples at a time.
+        seed: of the first sample; sample i has a generator of its own, of seed + i.
+    """
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    batch_size: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """A kind of pipeline. It holds no weights: pipelines are passed in.
+
+    Samples `(B, C, H, W)` are what the network denoises: pixels in [-1, 1], or latents in the network's own units.
+
+    Args:
+        channels: of pictures.
+        resolution: side of pictures in pixels.
+
+    Class attributes:
+        title: what users call it.
+        network_name: the component that is trained.
+        has_prompts: whether it is told a prompt.
+        has_latents: whether a VAE stands between pictures and the network.
+        lora_targets: layers that get an adapter by default; empty where adapters are not supported.
+        frozen_components: components that are used in training beside the network.
+    """
+
+    channels: int
+    resolution: int
+
+    title: ClassVar[str]
+    network_name: ClassVar[str] = "unet"
+    has_prompts: ClassVar[bool] = False
+    has_latents: ClassVar[bool] = False
+    lora_targets: ClassVar[tuple[str, ...]] = ()
+    frozen_components: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, pipeline_config: dict) -> bool:
+        """Tell from a `model_index.json` whether a pipeline is of this family."""
+
+    @classmethod
+    @abstractmethod
+    def from_source(cls, source: "PipelineSource", resolution: int | None = None) -> "Family":
+        """Read the configurations of a pipeline, before any weights.
+
+        Args:
+            resolution: side of pictures; None is the model's own.
+
+        Raises:
+            UsageError: for a network that is not supported, or a resolution that it does not take.
+        """
+
+    def network(self, pipeline) -> nn.Module:
+        """Return the component that is trained."""
+        return getattr(pipeline, self.network_name)
+
+    def training_scheduler(self, scheduler):
+        """Return the scheduler whose noise levels are trained on."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(scheduler.config)
+
+    def path(self, pipeline) -> GaussianPath:
+        """Return the noise levels; their `model_timesteps` are what the network is told."""
+        return GaussianPath.from_scheduler(self.training_scheduler(pipeline.scheduler))
+
+    # --- pictures
+
+    @abstractmethod
+    def encode(self, pipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the VAE's posterior of pictures `(B, C, H, W)` in [-1, 1]."""
+
+    @abstractmethod
+    def latent_scaling(self, pipeline) -> Callable[[Tensor], Tensor]:
+        """Return the map from the VAE's units to those of the network. It outlives the VAE."""
+
+    @abstractmethod
+    def decode(self, pipeline, samples: Tensor) -> Tensor:
+        """Return pictures `(B, C, H, W)` in [0, 1] of what the network denoised."""
+
+    # --- prompts
+
+    def token_ids(self, pipeline, prompts: Sequence[str]) -> tuple[list[tuple], list[bool]]:
+        """Return what the text encoders see of each prompt, equal for prompts that are one condition, and which prompts
+        are longer than what they see."""
+        raise NotImplementedError(f"{self.title} has no prompts")
+
+    def max_prompt_tokens(self, pipeline) -> int:
+        """Return how many tokens of a prompt the text encoders see."""
+        raise NotImplementedError(f"{self.title} has no prompts")
+
+    def embed(self, pipeline, prompts: Sequence[str]) -> Conditions:
+        """Return the conditions of prompts, by the pipeline's own `encode_prompt`."""
+        raise NotImplementedError(f"{self.title} has no prompts")
+
+    # --- the network
+
+    @abstractmethod
+    def predict(self, network, noisy: Tensor, timesteps: Tensor, conditions: Conditions | None) -> Tensor:
+        """Return the network's output `(B, C, H, W)`, which is trained towards `GaussianPath.target`.
+
+        Args:
+            network: the network, or what accelerate made of it.
+            timesteps: `(B,)`, of the path's `model_timesteps`.
+            conditions: of B rows; None for unconditional models.
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        pipeline,
+        conditions: Conditions,
+        unconditional: Conditions | None,
+        sampling: Sampling,
+        progress: str | None = None,
+    ) -> Tensor:
+        """Draw a sample for each row of `conditions`, the same for the same seed whatever the batch size.
+
+        Args:
+            unconditional: one row, which guidance steers away from; None for unconditional models.
+            progress: label of a progress bar; None for none.
+
+        Returns:
+            `(N, C, H, W)` float32 in [0, 1], on the CPU.
+        """
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Silence diffusers and transformers inside: they print what they cut off a long prompt, and a prompt may be what
+    has to be forgotten."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    for library, _ in levels:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in levels:
+            library.set_verbosity(level)

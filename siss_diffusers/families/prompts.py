@@ -1,0 +1,44 @@
+"""Prompts as numbered conditions."""
+
+from collections.abc import Iterable, Sequence
+
+from siss_diffusers.families.base import Conditions, Family
+
+
+class Prompts:
+    """Numbers prompts by their token ids, so that two spellings of the same tokens are the same condition.
+
+    Args:
+        family, pipeline: what tokenizes and embeds them.
+
+    Attributes:
+        truncated: how many of the prompts that were numbered are longer than what the text encoders see.
+    """
+
+    def __init__(self, family: Family, pipeline) -> None:
+        self.family = family
+        self.pipeline = pipeline
+        self.numbers: dict[tuple, int] = {}
+        self.texts: list[str] = []  # by number
+        self.truncated = 0
+
+    def number(self, prompts: Sequence[str]) -> list[int]:
+        """Return the number of each prompt; new ones get the next."""
+        distinct = list(dict.fromkeys(prompts))
+        if not distinct:
+            return []
+        by_prompt, too_long = {}, set()
+        for prompt, ids, is_long in zip(distinct, *self.family.token_ids(self.pipeline, distinct)):
+            by_prompt[prompt] = self.numbers.setdefault(ids, len(self.numbers))
+            if by_prompt[prompt] == len(self.texts):
+                self.texts.append(prompt)
+            if is_long:
+                too_long.add(prompt)
+        self.truncated += sum(prompt in too_long for prompt in prompts)
+        return [by_prompt[prompt] for prompt in prompts]
+
+    def embed(self, numbers: Iterable[int]) -> tuple[Conditions, dict[int, int]]:
+        """Return the table of the conditions of these numbers, and the row of each number in it."""
+        used = sorted(set(numbers))
+        table = self.family.embed(self.pipeline, [self.texts[number] for number in used])
+        return table, {number: row for row, number in enumerate(used)}

@@ -1,0 +1,119 @@
+"""The regression that a run solves: rows, predictions, thresholds and gradients."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, measure_thresholds
+from siss_diffusers.combine import Rule
+from siss_diffusers.errors import RunError
+from siss_diffusers.gradients.engine import PairedGradients
+from siss_diffusers.methods import Method, Query, Rows
+from siss_diffusers.noising import GaussianPath, loss_weights
+from siss_diffusers.settings import Settings
+from siss_diffusers.training.network import TrainedNetwork
+from siss_diffusers.training.run import Run
+from siss_diffusers.training.samples import Samples
+from siss_diffusers.training.schedule import current_forget_range
+from siss_diffusers.training.state import Progress
+from siss_diffusers.training.training_set import TrainingSet
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Problem:
+    """What the loop regresses on.
+
+    Args:
+        path: the noise levels, on the host.
+        batches: the tensors of a `Query` for each micro-batch of this process, without end.
+        timestep_range: `(lo, hi)` of training.
+        forget_ranges: those of forgetting.
+        planned_windows: windows whose latents are cached; None where there is no limit.
+        thresholds: `(T,)` of calibrated forgetting; None for none.
+    """
+
+    method: Method
+    path: GaussianPath
+    network: TrainedNetwork
+    samples: Samples
+    batches: Iterator[dict[str, Tensor]]
+    timestep_range: tuple[int, int]
+    forget_ranges: list[tuple[int, int]]
+    planned_windows: int | None = None
+    thresholds: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.device = self.network.accelerator.device
+        self.model_timesteps = self.path.model_timesteps.to(self.device)
+
+    def next_window(self, settings: Settings, progress: Progress) -> list[Rows]:
+        """Return the rows of this process for the next step, by method and path alone: the network has not run yet.
+
+        Raises:
+            RunError: where so many steps were skipped that no latents are left.
+        """
+        if progress.window == self.planned_windows:
+            raise RunError(
+                f"{progress.skipped_steps} steps were skipped, their gradients were not finite; lower --learning_rate or"
+                " --forget_scale, use bf16 instead of fp16, or allow more by --max_skipped_steps"
+            )
+        window, forget_range = [], current_forget_range(settings, self.forget_ranges, progress)
+        for _ in range(settings.gradient_accumulation_steps):
+            rows = self.method.rows_within(Query(path=self.path, **next(self.batches)), forget_range)
+            weights = loss_weights(self.path, rows.timesteps, settings.snr_gamma)
+            window.append(rows if weights is None else rows.reweighted(weights))
+        return window
+
+    def predict(self, rows: Rows) -> Tensor:
+        """Return the network's output for rows on the device."""
+        conditions = self.samples.conditions_of(rows.condition)
+        return self.network.predict(rows.noisy, self.model_timesteps[rows.timesteps], conditions)
+
+    def measure_thresholds(self, settings: Settings, training_set: TrainingSet) -> None:
+        """Measure, with the starting model, the losses up to which a forget image is pushed."""
+        started, rows = time.perf_counter(), training_set.calibration_rows
+
+        def predict_on_host(noisy: Tensor, timesteps: Tensor, images: list[int]) -> Tensor:
+            conditions = None
+            if self.samples.conditions is not None:
+                conditions = self.samples.conditions[[self.samples.keep_conditions[rows[image]] for image in images]]
+            model_timesteps = self.model_timesteps[timesteps.to(self.device)]
+            return self.network.predict(noisy.to(self.device), model_timesteps, conditions).float().cpu()
+
+        span = min(low for low, _ in self.forget_ranges), max(high for _, high in self.forget_ranges)
+        self.thresholds = measure_thresholds(
+            lambda image, generator: self.samples.keep.load(rows[image], generator),
+            len(rows),
+            self.path,
+            predict_on_host,
+            span,
+            settings.calibrate_forgetting,
+            settings.seed,
+            settings.eval_batch_size,
+        )
+        self.network.reshard()
+        logger.info(
+            f"Measured the losses to forget up to: {NUM_BINS * DRAWS_PER_BIN} network calls,"
+            f" {time.perf_counter() - started:.1f} s"
+        )
+
+    def make_gradients(self, run: Run, rule: Rule) -> PairedGradients:
+        """Return the gradient engine of this run."""
+        accelerator = run.accelerator
+        return PairedGradients(
+            self.network.parameters,
+            rule,
+            thresholds=self.thresholds,
+            reduce=torch.distributed.all_reduce if accelerator.num_processes > 1 else None,
+            scaler=accelerator.scaler,
+            owns_grad=accelerator.distributed_type != DistributedType.DEEPSPEED,
+        )

@@ -1,0 +1,227 @@
+"""What the pairs of a run are made of: images or latents, the conditions of their prompts, and neighbours."""
+
+import gc
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siss_diffusers.data.latents import Latents, LoadsImages, nearest_neighbors
+from siss_diffusers.data.pairs import PairDataset, WindowSampler, first_positions, window_loader
+from siss_diffusers.draws import shuffled_index
+from siss_diffusers.errors import UsageError
+from siss_diffusers.families import Conditions, Family
+from siss_diffusers.families.prompts import Prompts
+from siss_diffusers.methods import Method
+from siss_diffusers.settings import Settings
+from siss_diffusers.training.training_set import TrainingSet, crops_are_random
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Samples:
+    """Images or latents by number, and what the network is told of each.
+
+    Args:
+        keep, forget: what to keep and what to forget, as the network sees it.
+        is_cached: whether all latents that will be drawn are in memory, so that the VAE is not needed.
+        neighbors: of each forget image, for a method that needs them.
+        conditions: a row for each distinct prompt that is used; None for unconditional models.
+        keep_conditions, forget_conditions: the row of each image.
+        forget_prompt_rows: rows of the distinct prompts of the forget images.
+        validation_rows: rows of --validation_prompts.
+        empty_row: row of the empty prompt.
+    """
+
+    keep: LoadsImages
+    forget: LoadsImages
+    is_cached: bool = False
+    neighbors: list[list[int]] | None = None
+    conditions: Conditions | None = None
+    keep_conditions: dict[int, int] | None = None
+    forget_conditions: list[int] | None = None
+    forget_prompt_rows: tuple[int, ...] = ()
+    validation_rows: tuple[int, ...] = ()
+    empty_row: int | None = None
+
+    def conditions_of(self, rows: Tensor | list[int] | None) -> Conditions | None:
+        """Return the conditions of these rows; None for unconditional models."""
+        return None if self.conditions is None else self.conditions[rows]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The images that the seeded order will draw, known before training.
+
+    Args:
+        keep_rows: of the images to keep also those to compare with.
+        forget_rows: of the images to forget; all of them where neighbours are searched.
+    """
+
+    keep_rows: list[int]
+    forget_rows: list[int]
+
+
+def drawn_images(
+    settings: Settings, method: Method, training_set: TrainingSet, sampler: WindowSampler, num_windows: int
+) -> Drawn:
+    """Find out what the first `num_windows` windows of this process draw."""
+    positions = first_positions(sampler, num_windows)
+    order, num_forget = training_set.split.order, len(training_set.split.forget)
+    keep_rows = {order[position] for position in positions}
+    forget_rows = {shuffled_index(settings.seed, 1, position, num_forget) for position in positions}
+    if "neighbors" in method.needs:
+        forget_rows = set(range(num_forget))
+    keep_rows |= {*training_set.calibration_rows, *training_set.neighbor_rows}
+    return Drawn(sorted(keep_rows), sorted(forget_rows))
+
+
+def decide_caching(settings: Settings, training_set: TrainingSet) -> bool:
+    """Decide whether latents are cached: not where augmentation is random.
+
+    Raises:
+        UsageError: where --cache_latents cannot be.
+    """
+    random_crops = crops_are_random(settings, training_set)
+    if settings.cache_latents and random_crops:
+        raise UsageError(
+            "--cache_latents: some images are not square, and a cached latent cannot be cropped; add --center_crop"
+        )
+    return settings.cache_latents is not False and not (settings.random_flip or random_crops)
+
+
+def prepare_samples(
+    settings: Settings,
+    family: Family,
+    pipeline: Any,
+    method: Method,
+    training_set: TrainingSet,
+    drawn: Drawn | None,
+    device: torch.device,
+    show_progress: bool,
+) -> Samples:
+    """Encode what the run will draw, and search neighbours, before the network is loaded.
+
+    Args:
+        pipeline: its text encoders and its VAE; the network may be missing.
+        drawn: from `drawn_images`; None for unconditional models.
+        device: of the table of conditions.
+    """
+    split = training_set.split
+    samples = Samples(split.train, split.forget)
+    if family.has_prompts:
+        number_prompts(settings, family, pipeline, training_set, drawn, samples, device)
+    if family.has_latents:
+        encode_images(
+            family, pipeline, training_set, drawn, samples, decide_caching(settings, training_set), show_progress
+        )
+    if "neighbors" in method.needs:
+        candidates = training_set.neighbor_rows
+        logger.info(f"Searching the neighbours of the forget images among {len(candidates)} keep images")
+        samples.neighbors = nearest_neighbors(
+            samples.keep,
+            samples.forget,
+            method.num_neighbors,
+            candidates,
+            samples.keep_conditions,
+            samples.forget_conditions,
+        )
+    return samples
+
+
+def number_prompts(
+    settings: Settings,
+    family: Family,
+    pipeline: Any,
+    training_set: TrainingSet,
+    drawn: Drawn,
+    samples: Samples,
+    device: torch.device,
+) -> None:
+    """Fill in the conditions of every prompt that will be used."""
+    prompts = Prompts(family, pipeline)
+    forget_numbers = prompts.number(training_set.forget_captions)
+    keep_numbers = prompts.number(training_set.captions_of(drawn.keep_rows))
+    (empty,), validation_numbers = prompts.number([""]), prompts.number(settings.validation_prompts)
+    if prompts.truncated:
+        logger.warning(
+            f"{prompts.truncated} prompts are longer than the {family.max_prompt_tokens(pipeline)} tokens that the"
+            " text encoder takes; what is beyond is not seen"
+        )
+    table, row_of = prompts.embed({*forget_numbers, *keep_numbers, *validation_numbers, empty})
+    # With an adapter the frozen weights can be in half precision, and what they are told as well.
+    precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.mixed_precision, torch.float32)
+    samples.conditions = table.to(device, precision)
+    samples.keep_conditions = {row: row_of[number] for row, number in zip(drawn.keep_rows, keep_numbers)}
+    samples.forget_conditions = [row_of[number] for number in forget_numbers]
+    samples.forget_prompt_rows = tuple(row_of[number] for number in sorted(set(forget_numbers)))
+    samples.validation_rows = tuple(row_of[number] for number in validation_numbers)
+    samples.empty_row = row_of[empty]
+
+
+def encode_images(
+    family: Family,
+    pipeline: Any,
+    training_set: TrainingSet,
+    drawn: Drawn,
+    samples: Samples,
+    cache: bool,
+    show_progress: bool,
+) -> None:
+    """Replace images by their latents, in memory where they are cached."""
+
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, deviation = family.encode(pipeline, pixels[None])
+        return mean[0].cpu(), deviation[0].cpu()
+
+    scale, split = family.latent_scaling(pipeline), training_set.split
+    keep, forget = (Latents(images, encode, scale) for images in (split.train, split.forget))
+    if cache:
+        started = time.perf_counter()
+        keep.cache(drawn.keep_rows, progress=show_progress)
+        forget.cache(drawn.forget_rows)
+        logger.info(
+            f"Encoded {len(drawn.keep_rows) + len(drawn.forget_rows)} images in {time.perf_counter() - started:.1f} s;"
+            f" their latents take {(keep.cached_bytes + forget.cached_bytes) / 1e6:.0f} MB of memory"
+        )
+    samples.keep, samples.forget, samples.is_cached = keep, forget, cache
+
+
+def free_encoders(family: Family, pipeline: Any, keep_vae: bool) -> None:
+    """Free what has done its work: text encoders, and the VAE where neither latents nor samples need it."""
+    for name in family.frozen_components:
+        if not (name == "vae" and keep_vae):
+            setattr(pipeline, name, None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def pair_batches(
+    settings: Settings,
+    method: Method,
+    training_set: TrainingSet,
+    samples: Samples,
+    sampler: WindowSampler,
+    timestep_range: tuple[int, int],
+    in_subprocesses: bool,
+):
+    """Return an endless iterator over the micro-batches of this process, as the tensors of a `Query`."""
+    pairs = PairDataset(
+        samples.keep,
+        samples.forget,
+        training_set.split.order,
+        method,
+        sampler.num_pairs,
+        timestep_range,
+        settings.seed,
+        samples.neighbors,
+        samples.keep_conditions,
+        samples.forget_conditions,
+    )
+    return iter(window_loader(pairs, sampler, settings.dataloader_num_workers if in_subprocesses else 0))

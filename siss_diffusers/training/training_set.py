@@ -1,0 +1,127 @@
+"""The training set of a run: what to keep, what to forget, their prompts, and the ordinary images to compare with."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+from torch import Tensor, stack
+
+from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS
+from siss_diffusers.data.captions import load_captions, same_captions
+from siss_diffusers.data.images import Images, ImageTransform
+from siss_diffusers.data.latents import MAX_NEIGHBOR_CANDIDATES
+from siss_diffusers.data.split import GivenRows, Split, split_data
+from siss_diffusers.families import Family
+from siss_diffusers.methods import Method
+from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES
+from siss_diffusers.settings import Settings
+from siss_diffusers.training.resume import DataPart
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A split, its prompts, and the rows of the keep set that are used beside the pairs.
+
+    Args:
+        train_captions, forget_captions: None for unconditional models.
+        calibration_rows: images whose losses the thresholds of calibrated forgetting are measured on.
+        detector_rows: images that the copy detectors are calibrated on.
+        neighbor_rows: images among which the neighbours of forget images are searched.
+    """
+
+    split: Split
+    train_captions: pa.ChunkedArray | None
+    forget_captions: list[str] | None
+    calibration_rows: list[int]
+    detector_rows: list[int]
+    neighbor_rows: list[int]
+
+    def captions_of(self, rows: Sequence[int]) -> list[str]:
+        """Return the prompts of rows of the training set."""
+        return self.train_captions.take(pa.array(rows, pa.int64())).to_pylist()
+
+    def parts(self) -> dict[str, DataPart]:
+        """Return what identifies the data in checkpoints."""
+        order = self.split.order
+        parts = {
+            "images to keep": DataPart(len(order.candidates), order.digests[order.drawn]),
+            "images to forget": DataPart(len(self.split.forget), self.split.forget_digests),
+        }
+        if self.train_captions is not None:
+            used = [caption.encode() for caption in self.forget_captions + self.captions_of(order.drawn)]
+            parts["prompts"] = DataPart(len(self.forget_captions) + len(order.candidates), used)
+        return parts
+
+    def pictures(self, images: Images, rows: Sequence[int]) -> Tensor:
+        """Return pictures `(N, C, H, W)` in [0, 1]."""
+        return stack([images.load(int(row)) for row in rows]) / 2 + 0.5
+
+
+def image_transform(settings: Settings, family: Family) -> ImageTransform:
+    """Return what makes tensors of the pictures of a run."""
+    return ImageTransform(
+        channels=family.channels,
+        resolution=family.resolution,
+        center_crop=settings.center_crop,
+        random_flip=settings.random_flip,
+        preserve_input_precision=settings.preserve_input_precision,
+        interpolation=settings.image_interpolation_mode,
+    )
+
+
+def read_training_set(
+    settings: Settings, family: Family, method: Method, given: GivenRows, num_positions: int | None
+) -> TrainingSet:
+    """Split the data and read the prompts. Everything that can be wrong with the data is found here.
+
+    Args:
+        num_positions: how far the order of the images to keep is checked; None: every image.
+
+    Raises:
+        UsageError: for a set that is empty, an image that cannot be used, or a prompt that is missing.
+    """
+    split = split_data(
+        given, image_transform(settings, family), settings.seed, num_positions, settings.max_train_samples
+    )
+    order, train_captions, forget_captions, alike = split.order, None, None, None
+    if family.has_prompts:
+        train_captions = load_captions(split.train, settings.caption_column, order.candidates)
+        forget_captions = load_captions(split.forget, settings.caption_column).to_pylist()
+        # Ordinary images to compare with: of the prompts of the forget images, where there are any.
+        alike = same_captions(train_captions, forget_captions)
+
+    def first_alike(count: int, wanted: bool) -> list[int]:
+        return (order.first(count, alike) or order.first(count)) if wanted else []
+
+    validates = settings.validation_steps or settings.validation_epochs or settings.save_images_epochs
+    neighbor_rows = order.first(MAX_NEIGHBOR_CANDIDATES, alike) if "neighbors" in method.needs else []
+    return TrainingSet(
+        split,
+        train_captions,
+        forget_captions,
+        first_alike(NUM_BINS * DRAWS_PER_BIN, settings.calibrate_forgetting is not None),
+        first_alike(MAX_KEEP_IMAGES, bool(validates)),
+        neighbor_rows,
+    )
+
+
+def log_counts(training_set: TrainingSet) -> None:
+    """Log how many images are kept, forgotten and left out."""
+    counts = training_set.split.counts()
+    logger.info(
+        f"Keep {counts['keep']}, forget {counts['forget']} images; removed {counts['duplicates_removed']} exact"
+        f" duplicates of forget images from the keep set, among the {counts['checked']} images that may be used"
+    )
+
+
+def crops_are_random(settings: Settings, training_set: TrainingSet) -> bool:
+    """Tell whether a crop of some image that will be used has something to choose; reads headers only."""
+    if settings.center_crop:
+        return False
+    split = training_set.split
+    used = {*split.order.drawn.tolist(), *training_set.calibration_rows, *training_set.neighbor_rows}
+    return not (split.train.all_square(used) and split.forget.all_square())
