@@ -72,11 +72,11 @@ class Outcome:
             UsageError: where the repository cannot be created.
             RunError: where the upload fails.
         """
-        from siss_diffusers.hub.upload import check_repo_id, create_repository, push
+        from siss_diffusers.hub.upload import check_repo_id, create_repository, push_run
 
         check_repo_id(repo_id, "repo_id")
         repo_id = create_repository(repo_id, token, private)
         if self.holds_model:
-            return push(self.folder, repo_id, token)
+            return push_run(self.folder, repo_id, token)
         with TemporaryDirectory() as folder:
-            return push(self.save(folder), repo_id, token)
+            return push_run(self.save(folder), repo_id, token)
