@@ -36,7 +36,10 @@ setup(
     packages=find_packages(include=["siss_diffusers", "siss_diffusers.*"]),
     py_modules=["train_siss_unconditional", "train_siss_sd"],
     entry_points={"console_scripts": ["siss=siss_diffusers.commands.cli:cli"]},
-    package_data={"siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"]},
+    package_data={
+        "siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"],
+        "siss_diffusers.report": ["*.jinja", "*.css"],
+    },
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
@@ -49,6 +52,7 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "Pillow>=10",
+        "jinja2>=3.1",
         "numpy>=1.26",
     ],
     extras_require=extras,
