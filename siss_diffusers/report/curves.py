@@ -13,6 +13,8 @@ from siss_diffusers.metrics.formats import short_number
 
 # In units of the drawing. The text stays readable where a phone shrinks the drawing to two thirds.
 WIDTH, HEIGHT, FONT_SIZE = 480, 290, 15
+# Left, bottom, width and height of the area of the curves, as shares of the drawing.
+MARGINS = (0.165, 0.2, 0.815, 0.765)
 # Colours and dashes both differ, for print without colours and for more models than colours.
 COLORS = ("#c00001", "#c00002", "#c00003", "#c00004", "#c00005", "#c00006")
 DASHES: tuple[tuple[float, ...], ...] = ((), (7, 4), (2, 3), (9, 3, 2, 3))
@@ -56,8 +58,8 @@ def relearning_svg(curves: Mapping[str, Mapping[float, Mapping[str, Any]]]) -> s
 
     options = {"svg.fonttype": "none", "svg.hashsalt": "siss", "font.size": FONT_SIZE, "font.family": "sans-serif"}
     with matplotlib.rc_context(options):
-        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+        axes = figure.add_axes(MARGINS)
         for index, points in enumerate(curves.values()):
             draw_curve(axes, index, points, opacity=0.26 / max(2, len(curves)))
         last = max(step for points in curves.values() for step in points) or 1

@@ -8,6 +8,7 @@ captions and the names of models. jinja2 escapes all text.
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,12 +93,22 @@ def write_report(
     Raises:
         ValueError: without a model, or for a picture of another format.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     models = {name: as_mapping(figures) for name, figures in evaluation.items() if name != "settings"}
     if not models:
         raise ValueError("an evaluation without a model has nothing to report")
+    style = (FOLDER / "page.css").read_text(encoding="utf-8")
+    view = build_view(models, as_mapping(evaluation.get("settings")), pictures or {})
+    page = load_template().render(title=title, policy=POLICY, style=style, **view)
+    # A line must not end between a number and its percent sign.
+    write_text(path, page.replace(" %", "\N{NO-BREAK SPACE}%"))
+
+
+@cache
+def load_template() -> Any:
+    """Load the template. It escapes all text but the stylesheet and the curves, which are our own."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -105,13 +116,8 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # The stylesheet and the curves are our own. Nothing else is exempt from escaping.
-    environment.filters["own_svg"] = Markup
-    style = Markup((FOLDER / "page.css").read_text(encoding="utf-8"))
-    view = build_view(models, as_mapping(evaluation.get("settings")), pictures or {})
-    page = environment.get_template("page.html.jinja").render(title=title, policy=POLICY, style=style, **view)
-    # A line must not end between a number and its percent sign.
-    write_text(path, page.replace(" %", "\N{NO-BREAK SPACE}%"))
+    environment.filters["own"] = Markup
+    return environment.get_template("page.html.jinja")
 
 
 def build_view(
