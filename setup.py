@@ -40,6 +40,7 @@ setup(
         "siss_diffusers": ["py.typed"],
         "siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"],
         "siss_diffusers.hub": ["*.jinja"],
+        "siss_diffusers.report": ["*.jinja", "*.css"],
     },
     install_requires=[
         "torch>=2.6",
@@ -54,6 +55,7 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "Pillow>=10",
+        "jinja2>=3.1",
         "numpy>=1.26",
     ],
     extras_require=extras,
