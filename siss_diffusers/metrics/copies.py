@@ -14,6 +14,16 @@ DETECTOR_SIZE = 64
 # Thresholds are calibrated on at most this many of the images to keep.
 MAX_KEEP_IMAGES = 2_000
 
+# What makes each detector flag a sample, for people. Keys as in `evaluation.json`.
+DETECTORS = {
+    "pixel_l2": "The pixels are nearer to a forgotten image than a threshold",
+    "correlation": "The picture correlates with a forgotten image, whatever its brightness and contrast",
+    "network": "A copy-detection network finds the picture similar to a forgotten image",
+    "sscd": "The copy-detection network SSCD finds the picture similar to a forgotten image",
+    "cluster": "The picture falls into the base's cluster of copies",
+    "any": "At least one detector flags the picture. The report calls such a picture a copy",
+}
+
 
 def for_detectors(images: Tensor) -> Tensor:
     """Images `(N, C, H, W)` at the size at which copies are looked for."""

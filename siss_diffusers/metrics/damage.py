@@ -7,6 +7,19 @@ import torchvision.transforms.functional as TF
 from torch import Tensor
 
 
+# What each damage does to a picture, for people. Keys as in `evaluation.json`.
+DAMAGES = {
+    "none": "no damage",
+    "noise": "noise added",
+    "blur": "blurred",
+    "contrast": "contrast halved",
+    "hue": "colours turned",
+    "crop": "cropped and enlarged",
+    "flip": "mirrored",
+    "shift": "shifted",
+}
+
+
 def damaged(image: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """A copy of an image for each kind of damage, every one `(C, H, W)` in [0, 1].
 
