@@ -290,17 +290,15 @@ def load_data(args: argparse.Namespace, family: "Family", settings: EvaluationSe
 def split(args: argparse.Namespace, family: "Family") -> tuple["Images", "Images", dict[str, int]]:
     """Return the images to keep, the images to forget, and the numbers of images."""
     import numpy as np
-    from accelerate import PartialState
 
     from siss_diffusers.data.images import ImageTransform
-    from siss_diffusers.data.split import split_data
+    from siss_diffusers.data.split import DataSource, split_data
 
     transform = ImageTransform(
         channels=family.channels, resolution=family.resolution, center_crop=True, random_flip=False
     )
-    train, forget, order, _ = split_data(args, transform, PartialState())
-    counts = {"train": len(train), "forget": len(forget), **order.counts()}
-    return train.select(np.sort(order.drawn)), forget, counts
+    data = split_data(DataSource.of(args).load(), transform, args.seed)
+    return data.train.select(np.sort(data.order.drawn)), data.forget, data.counts()
 
 
 def digest_of_folder(where: str) -> str | None:
