@@ -55,7 +55,6 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "Pillow>=10",
-        "jinja2>=3.1",
         "numpy>=1.26",
     ],
     extras_require=extras,
