@@ -36,7 +36,10 @@ setup(
     packages=find_packages(include=["siss_diffusers", "siss_diffusers.*"]),
     py_modules=["train_siss_unconditional", "train_siss_sd"],
     entry_points={"console_scripts": ["siss=siss_diffusers.commands.cli:cli"]},
-    package_data={"siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"]},
+    package_data={
+        "siss_diffusers": ["py.typed"],
+        "siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"],
+    },
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",

@@ -12,7 +12,7 @@ DESCRIPTION = "Unlearn training images from Stable Diffusion."
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(TextToImageSettings, DESCRIPTION, argv)
     # Imported once the flags are read: --help needs neither diffusers nor accelerate.
-    from siss_diffusers.unlearn import unlearn_from_settings
+    from siss_diffusers.unlearning import unlearn_from_settings
 
     unlearn_from_settings(settings, with_prompts=True)
 

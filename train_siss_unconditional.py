@@ -11,7 +11,7 @@ DESCRIPTION = "Unlearn training images from an unconditional diffusion model."
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(UnconditionalSettings, DESCRIPTION, argv)
     # Imported once the flags are read: --help needs neither diffusers nor accelerate.
-    from siss_diffusers.unlearn import unlearn_from_settings
+    from siss_diffusers.unlearning import unlearn_from_settings
 
     unlearn_from_settings(settings, with_prompts=False)
 

@@ -34,8 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from siss_diffusers import METHODS, GaussianPath, PairedGradients, Query, scaling_rule
 from siss_diffusers.errors import UsageError
+from siss_diffusers.families import StableDiffusion
 from siss_diffusers.process import run
-from siss_diffusers.training.adapters import ATTENTION_PROJECTIONS, add_lora
+from siss_diffusers.settings import AdapterSettings
+from siss_diffusers.training.adapters import add_lora
 
 
 VARIANTS = ("plain", "siss", "siss_lagged", "plain_lora", "siss_lora")
@@ -133,7 +135,7 @@ class Trainer:
         with self.device:  # billions of random numbers: drawn where they are needed
             self.unet = UNet2DConditionModel(**config)
         if lora:
-            add_lora(self.unet, 4, 4, 0.0, ATTENTION_PROJECTIONS, dtype)
+            add_lora(self.unet, AdapterSettings(4, 4, 0.0, StableDiffusion.lora_targets), dtype)
         self.unet.to(self.device)
         if args.channels_last:
             self.unet.to(memory_format=torch.channels_last)

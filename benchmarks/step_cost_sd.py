@@ -11,7 +11,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from siss_diffusers import METHODS, GaussianPath, PairedGradients, Query, importance_weights, scaling_rule
-from siss_diffusers.training.adapters import ATTENTION_PROJECTIONS, add_lora
+from siss_diffusers.families import StableDiffusion
+from siss_diffusers.settings import AdapterSettings
+from siss_diffusers.training.adapters import add_lora
 
 
 VARIANTS = ("plain_cached", "plain", "siss", "two_backward", "plain_lora", "siss_lora")
@@ -87,7 +89,7 @@ class Step:
         self.unet, vae, text_encoder = build_models(full_size)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if variant.endswith("_lora"):
-            add_lora(self.unet, 4, 4, 0.0, ATTENTION_PROJECTIONS, self.dtype)
+            add_lora(self.unet, AdapterSettings(4, 4, 0.0, StableDiffusion.lora_targets), self.dtype)
         self.unet.to(device)
         self.parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from siss_diffusers.errors import UsageError, one_line
 
@@ -11,23 +11,38 @@ class Parser(argparse.ArgumentParser):
     """Prints one sentence for a bad argument instead of the usage of a hundred flags."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the sentence and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {one_line(message)}; see --help\n")
 
 
 def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
     return int(text)
 
 
 def natural_number(text: str) -> int:
+    """Parse a whole number of at least 0.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text}")
     return int(text)
 
 
 def seed_number(text: str) -> int:
-    """What every library that draws takes for a seed."""
+    """Parse a seed that every library accepts, a whole number below 2^32.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
     value = natural_number(text)
     if value >= 2**32:
         raise argparse.ArgumentTypeError(f"must be below 2^32, not {text}")
@@ -35,6 +50,11 @@ def seed_number(text: str) -> int:
 
 
 def non_negative_float(text: str) -> float:
+    """Parse a finite number of at least 0.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -45,6 +65,11 @@ def non_negative_float(text: str) -> float:
 
 
 def positive_float(text: str) -> float:
+    """Parse a finite number above 0.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
     value = non_negative_float(text)
     if value == 0:
         raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
@@ -52,6 +77,11 @@ def positive_float(text: str) -> float:
 
 
 def unit_float(text: str) -> float:
+    """Parse a number in [0, 1].
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
     value = non_negative_float(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"must lie in [0, 1], not {text}")
@@ -59,11 +89,26 @@ def unit_float(text: str) -> float:
 
 
 def quantile_or_off(text: str) -> float | str:
+    """Parse a number in [0, 1], or `off`.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
     return text if text == "off" else unit_float(text)
 
 
+class ForgetSetArguments(Protocol):
+    """Holds what the flags of the forget set were given."""
+
+    forget_data_dir: str | None
+    forget_files: list[str] | None
+    forget_column: str | None
+    forget_value: str | None
+    train_data_dir: str | None
+
+
 def add_forget_set_arguments(group: argparse._ActionsContainer) -> None:
-    """Which images are to forget."""
+    """Add the flags that say which images to forget."""
     group.add_argument(
         "--forget_data_dir", type=str, default=None, help="A folder of images to forget; copies of them are not kept."
     )
@@ -81,10 +126,11 @@ def add_forget_set_arguments(group: argparse._ActionsContainer) -> None:
     )
 
 
-def check_forget_set_arguments(args: argparse.Namespace) -> None:
-    """
+def check_forget_set_arguments(args: ForgetSetArguments) -> None:
+    """Check the flags of the forget set against each other.
+
     Raises:
-        UsageError: for flags of the forget set that exclude or need each other.
+        UsageError: for flags that exclude or need each other.
     """
     given = [
         flag

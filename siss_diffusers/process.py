@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from siss_diffusers.errors import Interrupted, RunError, UsageError, one_line
+from siss_diffusers.quiet import quiet_imports
 
 
 # An exception out of a signal's handler is lost where some object is just being finalized, or where a library catches all
@@ -30,7 +31,8 @@ def run(main: Callable[[], None], program: str) -> NoReturn:
     handlers = {signal.SIGTERM: _terminate, signal.SIGALRM: _send_again}
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        main()
+        with quiet_imports():
+            main()
     except (UsageError, RunError) as error:
         if os.environ.get("RANK", "0") == "0":  # every process finds the same fault; one says so
             print(f"{program}: error: {one_line(str(error))}", file=sys.stderr)

@@ -61,10 +61,10 @@ import train_siss_unconditional
 from siss_diffusers import METHODS, Query, Rows
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS
 from siss_diffusers.errors import UsageError
-from siss_diffusers.flags import positive_int
 from siss_diffusers.hub.contents import weights_digest
 from siss_diffusers.methods import SISS
 from siss_diffusers.metrics.copies import frame_copies
+from siss_diffusers.parsing import positive_int
 from siss_diffusers.process import run
 
 

@@ -1,20 +1,54 @@
 """The console script `siss`: `siss audit`, `siss curate`, `siss evaluate`, `siss push`."""
 
+import sys
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-
-from siss_diffusers.commands import audit, curate, evaluate, push
 from siss_diffusers.errors import UsageError
-from siss_diffusers.flags import Parser
+from siss_diffusers.parsing import Parser
 from siss_diffusers.process import run
+from siss_diffusers.quiet import quiet_loading
 
 
-COMMANDS = {"audit": audit, "curate": curate, "evaluate": evaluate, "push": push}
+@dataclass(frozen=True)
+class Command:
+    """A command of `siss`, whose module is imported when it is chosen.
+
+    Args:
+        module: has `add_arguments(parser)` and `main(args)`; its docstring is the text of `siss COMMAND --help`.
+        summary: its line in `siss --help`, the first of that docstring.
+        runs_models: it needs the packages of the extra `eval`, and a device.
+    """
+
+    module: str
+    summary: str
+    runs_models: bool = True
 
 
-def main(argv: list[str] | None = None) -> None:
+COMMANDS = {
+    "audit": Command(
+        "siss_diffusers.commands.audit",
+        "Rank prompts by how strongly a text-to-image model memorized an image for them.",
+    ),
+    "curate": Command(
+        "siss_diffusers.commands.curate",
+        "Build the image folder to unlearn from: sample a prompt and mark the samples that are the memorized image.",
+    ),
+    "evaluate": Command(
+        "siss_diffusers.commands.evaluate",
+        "Measure what a model forgot and what it kept: base and unlearned models, on the same seeds.",
+    ),
+    "push": Command(
+        "siss_diffusers.commands.push",
+        "Publish a finished run on the Hugging Face Hub: the model, its card, `unlearning.json` and `evaluation.json`.",
+        runs_models=False,
+    ),
+}
+
+
+def build_parser(chosen: str | None) -> Parser:
+    """Build the parser of `siss`, with the flags of the chosen command only: importing the others takes time."""
     parser = Parser(
         prog="siss",
         description=(
@@ -22,19 +56,47 @@ def main(argv: list[str] | None = None) -> None:
         ),
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        summary = module.__doc__.splitlines()[0]
-        module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
-    args = parser.parse_args(argv)
-    if args.command == "push":
-        return push.main(args)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.summary)
+        if name == chosen:
+            module = import_module(command.module)
+            subparser.description = module.__doc__
+            module.add_arguments(subparser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command that the arguments name.
+
+    Args:
+        argv: the arguments; those of this program by default.
+
+    Raises:
+        UsageError: for bad input, or a package that is missing.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    args = build_parser(chosen).parse_args(argv)
+    command = COMMANDS[args.command]
+    module = import_module(command.module)
+    if not command.runs_models:
+        return module.main(args)
     for package, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("scipy", "scipy")):
         if find_spec(package) is None:
             raise UsageError(f"`siss {args.command}` needs {name}: pip install 'siss_diffusers[eval]'")
-    # The state of all processes is made here, for it does not read by itself whether the launcher wants CPUs.
+    start_processes()
+    with quiet_loading():
+        module.main(args)
+
+
+def start_processes() -> None:
+    """Make accelerate's state of all processes. By itself it does not read whether the launcher wants CPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    COMMANDS[args.command].main(args)
 
 
 def cli() -> None:
+    """Run `siss` as a program: exit with a code, and say one sentence for bad input."""
     run(main, "siss")

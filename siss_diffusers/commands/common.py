@@ -1,30 +1,30 @@
-"""What the commands of `siss` share."""
+"""What the commands of `siss` share. Libraries are imported inside the functions, so that `--help` is quick."""
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from diffusers import StableDiffusionPipeline
-from torch import Tensor
-from tqdm.auto import tqdm
+from typing import TYPE_CHECKING, Any
 
 from siss_diffusers.errors import UsageError, describe_error
-from siss_diffusers.families.stable_diffusion import check_stable_diffusion, choose_resolution
-from siss_diffusers.families.trust import check_safetensors, loading
-from siss_diffusers.flags import non_negative_float, positive_int, seed_number
-from siss_diffusers.metrics.sampling import sample_prompts
+from siss_diffusers.parsing import non_negative_float, positive_int, seed_number
 from siss_diffusers.storage.files import read_json
 
 
+if TYPE_CHECKING:
+    from siss_diffusers.families import Family, NamedPipeline, Sampling
+
 logger = logging.getLogger(__name__)
+
+MODEL_FLAG = "--pretrained_model_name_or_path"
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """How samples are made, under the names that the training script uses."""
+    """Add the flags that say how samples are drawn, under the names that the training script uses.
+
+    Args:
+        batch_size: default of `--batch_size`.
+    """
     parser.add_argument("--seed", type=seed_number, default=0, help="Seed of the first sample; default: 0.")
     parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="DDIM steps; default: 50.")
     parser.add_argument(
@@ -42,126 +42,106 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> 
     )
 
 
-def load_resolution(args: argparse.Namespace, name: str, flag: str) -> int:
-    """`choose_resolution` of a pipeline, from its configurations."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def sampling_settings(args: argparse.Namespace) -> "Sampling":
+    """Return what the flags of `add_sampling_arguments` say."""
+    from siss_diffusers.families import Sampling
 
-    with loading(name, flag):
-        unet_config, vae_config = (
-            model.load_config(name, subfolder=subfolder, cache_dir=args.cache_dir)
-            for model, subfolder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-        )
-        return choose_resolution(args.resolution, unet_config, vae_config)
+    return Sampling(args.num_inference_steps, args.guidance_scale, args.batch_size, args.seed)
 
 
-def load_stable_diffusion(
-    args: argparse.Namespace, name: str, flag: str, adapter: str | None = None, adapter_flag: str = "--adapter"
-) -> "StableDiffusionPipeline":
-    """The pipeline on this process's device, with an adapter in it where one is named.
+def open_text_to_image_model(
+    name: str, resolution: int | None, cache_dir: str | None
+) -> tuple["NamedPipeline", "Family"]:
+    """Read the configurations of a pipeline that takes prompts, and no weights.
 
     Args:
-        flag, adapter_flag: where the names come from, for messages.
+        name: folder of the pipeline, or its name on the Hub.
+        resolution: side of the samples in pixels; None is the model's own.
+
+    Returns:
+        The pipeline, which is not loaded yet, and its family.
 
     Raises:
-        UsageError: for what is no Stable Diffusion pipeline, or no adapter for it.
+        UsageError: for a pipeline that is not supported, or that does not take this resolution.
     """
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    from siss_diffusers.families import NamedPipeline, find_family
 
-    check_stable_diffusion(name, flag, cache_dir=args.cache_dir)
-    if adapter is not None:
-        check_safetensors(adapter, adapter_flag)
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        # A warning about a long prompt would print it.
-        library.set_verbosity_error()
-    device = PartialState().device
-    # No safety checker: a picture that it blacks out could not be compared.
-    with loading(name, flag):
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            name,
-            dtype=getattr(torch, args.dtype),
-            cache_dir=args.cache_dir,
-            safety_checker=None,
-            requires_safety_checker=False,
-            use_safetensors=True,
-        )
-    if adapter is not None:
-        with loading(adapter, adapter_flag):
-            pipeline.load_lora_weights(adapter, cache_dir=args.cache_dir, use_safetensors=True)
-    pipeline.to(device)
-    if device.type == "cpu":
-        pipeline.unet.to(memory_format=torch.channels_last)  # faster there
-    return pipeline
+    source = NamedPipeline(name, MODEL_FLAG, cache_dir=cache_dir)
+    return source, find_family(source, with_prompts=True).from_source(source, resolution)
 
 
-def warn_of_long_prompts(pipeline: "StableDiffusionPipeline", prompts: Sequence[str]) -> None:
-    """By number only: a prompt may be what has to be forgotten."""
-    limit = pipeline.tokenizer.model_max_length
-    tokens = pipeline.tokenizer(list(prompts), truncation=False, verbose=False).input_ids if prompts else []
-    too_long = sum(len(ids) > limit for ids in tokens)
-    if too_long and PartialState().is_main_process:
-        logger.warning(f"{too_long} prompts are longer than the {limit} tokens that are seen of each")
+def load_pipeline(source: "NamedPipeline", family: "Family", dtype: str, adapter: str | None = None) -> Any:
+    """Load a pipeline onto the device of this process, with an adapter in it if one is named.
 
-
-def encode(pipeline: "StableDiffusionPipeline", prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Hidden states of the prompts `(N, L, D)` and of the empty one `(1, L, D)`."""
-    with torch.no_grad():
-        embeds, negative = pipeline.encode_prompt(list(prompts), pipeline.device, 1, True)
-    return embeds, negative[:1]
-
-
-def sample_batch(pipeline: "StableDiffusionPipeline", prompts: Sequence[str], args: argparse.Namespace, seed: int):
-    """Samples `(N, 3, H, W)` in [0, 1] of a prompt each; sample i is of seed `seed + i`."""
-    return sample_prompts(
-        pipeline,
-        *encode(pipeline, prompts),
-        seed=seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        batch_size=args.batch_size,
-        resolution=args.resolution,
-    )
-
-
-def on_all_processes(function: Callable, items: Sequence, progress: str | None = None) -> list:
-    """`[function(item) for item in items]` on every process, each having done a part of it. What an item is must not
-    depend on how many processes there are: a batch, then, not a sample."""
-    state = PartialState()
-    hidden = progress is None or not state.is_main_process
-    indices = range(state.process_index, len(items), state.num_processes)
-    found = [(index, function(items[index])) for index in tqdm(indices, desc=progress, disable=hidden)]
-    if state.num_processes > 1:
-        found = sorted(gather_object(found), key=lambda pair: pair[0])
-    return [result for _, result in found]
-
-
-def read_state(flag: str, file: Path) -> dict:
-    """A JSON file that an earlier command left.
+    Args:
+        dtype: name of a floating dtype of torch.
 
     Raises:
-        UsageError: where it cannot be read.
+        UsageError: for files that cannot be read, or must not be.
+    """
+    import torch
+    from accelerate import PartialState
+
+    from siss_diffusers.families.loading import load_for_sampling
+
+    announce(f"Loading {source.describe()}" + ("" if adapter is None else f" and the adapter {adapter}"))
+    return load_for_sampling(source, family, PartialState().device, getattr(torch, dtype), adapter)
+
+
+def warn_of_long_prompts(family: "Family", pipeline: Any, prompts: Sequence[str]) -> None:
+    """Warn of prompts that are longer than what the text encoders see. Only their number is shown: a prompt may be what
+    has to be forgotten."""
+    from accelerate import PartialState
+
+    if not prompts or not PartialState().is_main_process:
+        return
+    _, is_too_long = family.token_ids(pipeline, prompts)
+    if any(is_too_long):
+        limit = family.max_prompt_tokens(pipeline)
+        logger.warning(f"{sum(is_too_long)} prompts are longer than the {limit} tokens that are seen of each")
+
+
+def announce(message: str) -> None:
+    """Print a line on the main process, at once."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(message, flush=True)
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number and its noun: `1 prompt`, `2 prompts`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def read_object(flag: str, file: Path) -> dict:
+    """Read a JSON file that an earlier command left.
+
+    Raises:
+        UsageError: if it cannot be read, or holds no object.
     """
     try:
-        found = read_json(file)
-        if not isinstance(found, dict):
+        content = read_json(file)
+        if not isinstance(content, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{flag}: cannot read {file} ({describe_error(error)}); remove it")
-    return found
+    return content
 
 
 def read_prompts(flag: str, prompts: Sequence[str] | None, file: str | None) -> list[str]:
-    """Prompts from the command line and from a file of one a line, each once, in their order.
+    """Return the prompts of the command line and of a file with one on each line, each once, in their order.
+
+    Args:
+        flag: of the prompts; that of the file ends in `_file`.
 
     Raises:
-        UsageError: where the file cannot be read or there is none.
+        UsageError: if the file cannot be read.
     """
-    found = list(prompts or [])
+    lines = []
     if file is not None:
         try:
-            found += [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{flag}_file: cannot read {file} ({error})")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*(prompts or []), *filter(None, lines)]))

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from siss_diffusers.assets.captioned import DIGIT_CAPTIONS, FLOWER_CAPTION, TEMPLE_CAPTION
-from siss_diffusers.commands.audit import flag, self_similarity
+from siss_diffusers.auditing import self_similarity
+from siss_diffusers.commands.audit import compare_with_ordinary
 from tests.helpers.commands import run_siss, siss_error
 from tests.helpers.paths import TINY_SD
 from tests.helpers.tiny_sd import save_pipeline
@@ -78,7 +79,7 @@ def test_the_best_match_is_found_among_training_images(model, tmp_path):
 def test_flags_are_for_what_exceeds_every_ordinary_prompt():
     ordinary = [{"noise_norm": value, "self_similarity": 0.5} for value in (1.0, 2.0, 3.0)]
     rows = [{"noise_norm": 3.5, "self_similarity": 0.1}, {"noise_norm": 3.0, "self_similarity": 0.5}]
-    flag(rows, ordinary)
+    compare_with_ordinary(rows, ordinary)
     assert [row["flagged"] for row in rows] == [True, False]
     assert rows[0]["p_values"] == {"noise_norm": 1 / 4, "self_similarity": 1.0}
     assert rows[1]["p_values"] == {"noise_norm": 2 / 4, "self_similarity": 1.0}

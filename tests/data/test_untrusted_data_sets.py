@@ -1,6 +1,5 @@
 """Data sets that somebody else wrote: nothing outside of them is read."""
 
-import argparse
 import json
 import os
 import zipfile
@@ -27,14 +26,8 @@ pytestmark = pytest.mark.usefixtures("no_network", "no_waiting")
 
 def load(folder: Path, by_name: bool = False, column: str = "image", **values: str) -> datasets.Dataset:
     """As both scripts do, by --train_data_dir or by --dataset_name."""
-    args = argparse.Namespace(
-        train_data_dir=None if by_name else str(folder),
-        dataset_name=str(folder) if by_name else None,
-        dataset_config_name=None,
-        cache_dir=str(folder.parent / "cache"),
-        image_column=column,
-    )
-    return load_image_rows(args, "--dataset_name" if by_name else "--train_data_dir", args.train_data_dir)
+    flag, cache_dir = "--dataset_name" if by_name else "--train_data_dir", str(folder.parent / "cache")
+    return load_image_rows(flag, str(folder), column, is_folder=not by_name, cache_dir=cache_dir).rows
 
 
 def write_metadata(file: Path, rows: list[dict]) -> None:
@@ -179,8 +172,6 @@ class TestDataSets:
     @pytest.mark.parametrize("name", ["", "no/such/folder/there", "a" * 5_000, "http://127.0.0.1:9/a", "a\nb", "."])
     def test_names_of_nothing(self, name, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        args = argparse.Namespace(dataset_config_name=None, cache_dir=str(tmp_path), image_column="image")
-        args.train_data_dir, args.dataset_name = name, name
-        for flag, folder in (("--train_data_dir", name), ("--dataset_name", None)):
+        for flag, is_folder in (("--train_data_dir", True), ("--dataset_name", False)):
             with pytest.raises(UsageError, match=flag):
-                load_image_rows(args, flag, folder)
+                load_image_rows(flag, name, "image", is_folder=is_folder, cache_dir=str(tmp_path))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
-from siss_diffusers.commands.audit import load_training_images
+from siss_diffusers.auditing import load_training_images
 from siss_diffusers.data.images import Images, ImageTransform
 from siss_diffusers.errors import UsageError
 from tests.helpers.untrusted import BOUNDED, refusal

@@ -13,7 +13,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 import train_siss_sd
 import train_siss_unconditional
 from siss_diffusers.assets.make_tiny_sd import make_tokenizer
-from siss_diffusers.commands.common import load_stable_diffusion
+from siss_diffusers.families import NamedPipeline, find_family
+from siss_diffusers.families.loading import load_for_sampling
 from siss_diffusers.families.trust import is_adapter
 from siss_diffusers.metrics.clip import Clip
 from siss_diffusers.metrics.features import load_torchscript
@@ -23,6 +24,12 @@ from tests.helpers.untrusted import code, refusal
 
 
 pytestmark = pytest.mark.usefixtures("no_network", "no_waiting")
+
+
+def load_pipeline(name: str, flag: str, adapter: str | None = None, adapter_flag: str = "--adapter"):
+    source = NamedPipeline(name, flag)
+    family = find_family(source, with_prompts=True).from_source(source)
+    return load_for_sampling(source, family, "cpu", torch.float32, adapter, adapter_flag)
 
 
 class Payload:
@@ -98,13 +105,13 @@ class TestModels:
         weights = model / "unet" / "diffusion_pytorch_model.safetensors"
         weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
         torch.save(Payload(marker), weights.with_suffix(".bin"))
-        message = refusal(load_stable_diffusion, sd_args(), str(model), "--base")
+        message = refusal(load_pipeline, str(model), "--base")
         assert message.startswith(f"--base: {model} cannot be loaded") and "pickles are not read" in message
 
     def test_a_checkpoint_of_all_formats_is_loaded_from_safetensors(self, model, marker):
         torch.save(Payload(marker), model / "v1-5.ckpt")
         torch.save(Payload(marker), model / "unet" / "diffusion_pytorch_model.bin")
-        assert load_stable_diffusion(sd_args(), str(model), "--base").unet is not None
+        assert load_pipeline(str(model), "--base").unet is not None
 
     def test_a_pickled_adapter(self, model, marker, tmp_path, capfd):
         adapter = tmp_path / "adapter"
@@ -118,7 +125,7 @@ class TestModels:
         weights.write_bytes(whole)
         assert "--unlearned" in refusal(is_adapter, str(adapter), "--unlearned")
         (adapter / "other.safetensors").write_bytes(b"")  # not enough to fall back on a pickle
-        message = refusal(load_stable_diffusion, sd_args(), str(model), "--base", str(adapter), "--unlearned")
+        message = refusal(load_pipeline, str(model), "--base", str(adapter), "--unlearned")
         assert message.startswith(f"--unlearned: {adapter} cannot be loaded")
 
     def test_a_pickled_network_and_clip(self, marker, clip, tmp_path):
@@ -157,7 +164,7 @@ class TestModels:
         classes = ("AutoConfig", "AutoModel", "CLIPTextModel")
         edit_json(model / "text_encoder" / "config.json", auto_map={name: f"mine.{name}" for name in classes})
         edit_json(model / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.A", "mine.B"]})
-        assert isinstance(load_stable_diffusion(sd_args(), str(model), "--base").text_encoder, CLIPTextModel)
+        assert isinstance(load_pipeline(str(model), "--base").text_encoder, CLIPTextModel)
 
     def test_nobody_is_asked_whether_to_run_the_code_of_a_clip(self, clip, marker, monkeypatch):
         (clip / "mine.py").write_text(code(marker))

@@ -15,14 +15,16 @@ from safetensors.torch import load_file
 
 from siss_diffusers import METHODS
 from siss_diffusers.data.images import Images
-from siss_diffusers.flags import check_unlearning_arguments
+from siss_diffusers.families.prompts import Prompts
+from siss_diffusers.flags import parse_settings
+from siss_diffusers.settings import TextToImageSettings, resolve
 from siss_diffusers.storage.files import write_json
 from tests.helpers.commands import assert_refused, to_argv
 from tests.helpers.paths import ROOT
 from tests.helpers.pictures import NUM_FORGET, NUM_KEEP, SECRET, read_metadata, write_metadata
 from tests.helpers.runs import LORA, UNET, assert_same_gradients, launch, read_log, without_times
 from tests.helpers.tiny_sd import predict, save_pipeline
-from train_siss_sd import Prompts, main, parse_args
+from train_siss_sd import main
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -309,9 +311,8 @@ def test_two_processes_equal_one(lora_args, tmp_path):
 )
 def test_forgetting_is_calibrated_by_default_under_the_relative_rule(flags, quantile, scale, full_args):
     del full_args["--calibrate_forgetting"]
-    args = parse_args(to_argv(full_args | flags))
-    check_unlearning_arguments(args, calibrate_by_default=True)
-    assert (args.calibrate_forgetting, args.forget_scale) == (quantile, scale)
+    settings, *_ = resolve(parse_settings(TextToImageSettings, "", to_argv(full_args | flags)))
+    assert (settings.calibrate_forgetting, settings.forget_scale) == (quantile, scale)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The script as a user runs it, on the shipped model; most of it in process, a few real launches."""
 
-import argparse
 import json
 import os
 import shutil
@@ -19,7 +18,9 @@ from siss_diffusers import METHODS
 from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.errors import RunError
 from siss_diffusers.hub.card import hyperparameters
+from siss_diffusers.settings import UnconditionalSettings
 from siss_diffusers.training.schedule import current_forget_range
+from siss_diffusers.training.state import Progress
 from tests.helpers.commands import to_argv
 from tests.helpers.paths import ROOT, TINY_MODEL
 from tests.helpers.pictures import NUM_DIGITS, NUM_GARMENTS, write_images
@@ -118,9 +119,9 @@ def test_ranges_of_forgetting_have_steps_of_their_own(schedule, turns, base_args
 
 
 def test_a_range_named_twice_has_two_shares_of_a_sequence():
-    args = argparse.Namespace(forget_timestep_schedule="sequential", max_train_steps=450)
+    settings = UnconditionalSettings(forget_timestep_schedule="sequential", max_train_steps=450)
     ranges = [(300, 1000), (0, 300), (0, 300)]
-    high = [current_forget_range(args, ranges, {"global_step": step})[0] == 300 for step in range(450)]
+    high = [current_forget_range(settings, ranges, Progress(global_step=step))[0] == 300 for step in range(450)]
     assert high == [True] * 150 + [False] * 300
 
 

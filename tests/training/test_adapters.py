@@ -5,6 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from siss_diffusers.errors import UsageError
+from siss_diffusers.settings import AdapterSettings
 from siss_diffusers.training.adapters import add_lora, check_target_modules, load_lora, save_lora
 from tests.helpers.tiny_sd import predict, save_pipeline
 
@@ -17,12 +18,12 @@ def adapted(request, tmp_path):
     """A UNet with an adapter as training leaves it, and the folders of its pipeline and of the adapter."""
     base = save_pipeline(tmp_path / "base")
     unet = StableDiffusionPipeline.from_pretrained(base).unet
-    add_lora(unet, RANK, ALPHA, 0.0, request.param, torch.float32)
+    add_lora(unet, AdapterSettings(RANK, ALPHA, 0.0, request.param), torch.float32)
     with torch.no_grad():
         for parameter in unet.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    save_lora(unet, tmp_path / "adapter")
+    save_lora(unet, tmp_path / "adapter", StableDiffusionPipeline, "unet")
     return unet, base, tmp_path / "adapter"
 
 
@@ -44,21 +45,21 @@ def test_a_checkpoint_reads_back_exactly(adapted):
     unet, base, adapter = adapted
     targets = unet.peft_config["default"].target_modules
     other = StableDiffusionPipeline.from_pretrained(base).unet
-    add_lora(other, RANK, ALPHA, 0.0, targets, torch.float32)
-    load_lora(other, adapter)
+    add_lora(other, AdapterSettings(RANK, ALPHA, 0.0, targets), torch.float32)
+    load_lora(other, adapter, "unet")
     assert predict(other).equal(predict(unet))
 
 
 def test_an_adapter_of_other_modules_is_not_loaded(adapted):
     unet, base, adapter = adapted
     other = StableDiffusionPipeline.from_pretrained(base).unet
-    add_lora(other, RANK, ALPHA, 0.0, ("to_k",), torch.float32)
+    add_lora(other, AdapterSettings(RANK, ALPHA, 0.0, ("to_k",)), torch.float32)
     with pytest.raises(ValueError, match="does not fit"):
-        load_lora(other, adapter)
+        load_lora(other, adapter, "unet")
 
 
 def test_targets_must_exist(adapted):
     unet, *_ = adapted
-    check_target_modules(unet.config, ["to_q", "conv1"])
+    check_target_modules(unet, ["to_q", "conv1"], ["to_q"])
     with pytest.raises(UsageError, match="'to_x'"):
-        check_target_modules(unet.config, ["to_q", "to_x"])
+        check_target_modules(unet, ["to_q", "to_x"], ["to_q"])

@@ -1,27 +1,21 @@
-"""The loop, and the two doors to it: settings that name everything, and objects in memory."""
+"""The loop, what it needs prepared, and the door of the scripts."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 
 from siss_diffusers.combine import Rule
-from siss_diffusers.data.forget_set import forget_rows_of
-from siss_diffusers.data.memory import rows_of
 from siss_diffusers.data.pairs import WindowSampler
 from siss_diffusers.data.split import DataSource, GivenRows
 from siss_diffusers.draws import MODEL, torch_seed
-from siss_diffusers.errors import UsageError
-from siss_diffusers.families import Family, LoadedPipeline, NamedPipeline, PipelineSource, find_family
+from siss_diffusers.families import Family, NamedPipeline, PipelineSource, find_family
 from siss_diffusers.gradients.engine import PairedGradients
 from siss_diffusers.outcome import Outcome
-from siss_diffusers.settings import Settings, TextToImageSettings, UnconditionalSettings, resolve
+from siss_diffusers.settings import Settings, resolve
 from siss_diffusers.training.adapters import LORA_FILE, check_target_modules
 from siss_diffusers.training.network import TrainedNetwork
 from siss_diffusers.training.output_dir import check_output_dir
@@ -109,92 +103,6 @@ def unlearn_from_settings(settings: Settings, *, with_prompts: bool) -> Outcome:
     settings = with_family_defaults(settings, family, source)
     run = Run(settings, method, Path(settings.output_dir), is_program=True)
     return fit(run, rule, family, source, data.load())
-
-
-def unlearn(
-    pipeline: Any,
-    forget: Any = None,
-    keep: Any = None,
-    prompts: str | Sequence[str] | None = None,
-    **settings: Any,
-) -> Outcome:
-    """Make a pipeline forget images and keep the rest; the door of Python.
-
-    The pipeline is trained in place, its network in float32. With the same seed, data and settings its weights are those
-    that the scripts give, bit for bit.
-
-    Args:
-        pipeline: a pipeline of a family in `siss_diffusers.families`.
-        forget: the images to forget: a folder, a `datasets.Dataset`, or a list of PIL images or of (image, prompt)
-            pairs. None: those that the keep set marks, by a boolean column `forget` or by `forget_column`.
-        keep: the images to keep, in the same forms. None: samples of the pipeline itself for the prompts of the forget
-            images, without copies of these; for text-to-image models only.
-        prompts: of the forget images, one for all or one for each, where they bring none of their own.
-        settings: as the flags of the scripts, such as `max_train_steps=35` or `use_lora=True`; see `docs/api.md`. Without
-            an `output_dir` nothing is written that outlives the outcome.
-
-    Raises:
-        UsageError: in one sentence, for what cannot be used.
-        RunError: where training fails.
-    """
-    source = LoadedPipeline(pipeline)
-    family_class = find_family(source)
-    settings_class = TextToImageSettings if family_class.has_prompts else UnconditionalSettings
-    chosen, method, rule = resolve(settings_class.from_values({"report_to": "none"} | settings))
-    family = family_class.from_source(source, chosen.resolution)
-    chosen = with_family_defaults(chosen, family, source)
-    temporary = None if "output_dir" in settings else TemporaryDirectory(prefix="siss-")
-    if temporary is None:
-        check_output_dir(chosen)
-    else:
-        chosen = chosen.replace(output_dir=temporary.name, checkpointing_steps=None)
-    with own_accelerator_state():
-        given = given_rows(family, pipeline, forget, keep, prompts, chosen)
-        run = Run(chosen, method, Path(chosen.output_dir), is_program=False, saves_model=temporary is None)
-        outcome = fit(run, rule, family, source, given)
-    outcome.temporary = temporary
-    return outcome
-
-
-def given_rows(
-    family: Family,
-    pipeline: Any,
-    forget: Any,
-    keep: Any,
-    prompts: str | Sequence[str] | None,
-    settings: Settings,
-) -> GivenRows:
-    """Make rows of what `unlearn` was given.
-
-    Raises:
-        UsageError: for what cannot be used, or where nothing says what to forget or to keep.
-    """
-    captions = settings.caption_column if family.has_prompts else None
-    if forget is None and keep is None:
-        raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
-    if forget is None:
-        train = rows_of(keep, "keep", captions, cache_dir=settings.cache_dir)
-        folder = str(keep) if isinstance(keep, str | Path) else None
-        selection = (settings.forget_files, settings.forget_column, settings.forget_value, folder)
-        indices = forget_rows_of(train.rows, train.column, *selection)
-        if indices is None:
-            raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
-        return GivenRows(train, forget_indices=indices)
-    to_forget = rows_of(forget, "forget", captions, prompts, settings.cache_dir)
-    if keep is None:
-        raise UsageError("nothing to keep: give `keep`")
-    return GivenRows(rows_of(keep, "keep", captions, cache_dir=settings.cache_dir), to_forget)
-
-
-@contextmanager
-def own_accelerator_state() -> Iterator[None]:
-    """Leave accelerate's state, which all of a process shares, as it was."""
-    existed = bool(AcceleratorState._shared_state)
-    try:
-        yield
-    finally:
-        if not existed:
-            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def with_family_defaults(settings: Settings, family: Family, source: PipelineSource) -> Settings:

@@ -1,0 +1,49 @@
+"""What importing the package loads, in processes of their own, and what it offers."""
+
+import ast
+import pkgutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import siss_diffusers
+from tests.helpers.imports import loaded_by
+
+
+INIT = Path(siss_diffusers.__file__)
+
+
+def test_the_package_loads_no_library():
+    assert loaded_by("import siss_diffusers; siss_diffusers.__version__; dir(siss_diffusers)") == set()
+
+
+def test_what_every_program_starts_with_loads_no_library():
+    assert loaded_by("from siss_diffusers import errors, parsing, process, quiet") == set()
+
+
+def test_the_public_names_load_torch_and_no_library_above_it():
+    assert loaded_by("from siss_diffusers import *; make_method, GaussianPath") - {"numpy", "tqdm"} == {"torch"}
+
+
+def test_every_public_name_is_where_it_is_said_to_be():
+    for name in siss_diffusers.__all__:
+        assert getattr(siss_diffusers, name) is not None and name in dir(siss_diffusers)
+    assert not hasattr(siss_diffusers, "no_such_name")
+
+
+def test_type_checkers_see_the_same_names():
+    imports = {
+        (alias.asname, node.module)
+        for block in ast.parse(INIT.read_text()).body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        for alias in node.names
+    }
+    assert imports == set(siss_diffusers._LOCATIONS.items())
+    assert INIT.with_name("py.typed").exists()
+
+
+def test_no_public_name_is_that_of_a_module():
+    """Importing the module `siss_diffusers.x` makes it the attribute x of the package."""
+    modules = {module.name for module in pkgutil.iter_modules([str(INIT.parent)])}
+    assert modules.isdisjoint(siss_diffusers.__all__)
+    assert all(find_spec(module) is not None for module in siss_diffusers._LOCATIONS.values())

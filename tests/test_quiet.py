@@ -1,0 +1,37 @@
+import logging
+
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers.utils import logging as transformers_logging
+
+from siss_diffusers.process import run
+from siss_diffusers.quiet import BITSANDBYTES_LOGGER, MISSING_KERNEL, quiet_loading
+
+
+def test_a_program_drops_the_warning_about_the_kernel_and_nothing_else(caplog):
+    logger = logging.getLogger(BITSANDBYTES_LOGGER)
+
+    def main() -> None:
+        logger.warning(f"{MISSING_KERNEL} from kernels-community: %s", "inside")
+        logger.warning("another warning")
+
+    try:
+        run(main, "program")
+    except SystemExit as end:
+        assert end.code == 0
+    logger.warning(f"{MISSING_KERNEL} from kernels-community: %s", "outside")
+    assert [record.getMessage() for record in caplog.records] == [
+        "another warning",
+        f"{MISSING_KERNEL} from kernels-community: outside",
+    ]
+
+
+def test_loading_is_quiet_inside_and_as_before_outside():
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    with quiet_loading():
+        for library in libraries:
+            assert library.get_verbosity() == logging.ERROR and not library.is_progress_bar_enabled()
+        assert not are_progress_bars_disabled()  # of downloads
+    assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
+    assert not are_progress_bars_disabled()
