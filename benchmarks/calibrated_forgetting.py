@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from demo_sd import CURVE_METRICS, MODEL, SETTINGS, load_pipeline, make_evaluator
 from launching import launch
 
+from siss_diffusers import evaluation
 from siss_diffusers.assets.captioned import write_training_folder
-from siss_diffusers.evaluation import evaluator as evaluation
 from siss_diffusers.metrics import METRICS
 from siss_diffusers.storage.files import write_json
 

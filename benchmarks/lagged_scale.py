@@ -21,8 +21,8 @@ import demo_sd
 import demo_unconditional
 from launching import launch
 
+from siss_diffusers import evaluation
 from siss_diffusers.assets import captioned, digits
-from siss_diffusers.evaluation import evaluator as evaluation
 from siss_diffusers.storage.files import write_json
 
 

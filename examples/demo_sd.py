@@ -29,11 +29,7 @@ from siss_diffusers.assets.captioned import (
     memorized_image,
     write_training_folder,
 )
-from siss_diffusers.evaluation.data import EvaluationData
-from siss_diffusers.evaluation.evaluator import Evaluator, measure
-from siss_diffusers.evaluation.model import MeasuredModel
-from siss_diffusers.evaluation.networks import Networks
-from siss_diffusers.evaluation.settings import EvaluationSettings
+from siss_diffusers.evaluation import EvaluationData, EvaluationSettings, Evaluator, MeasuredModel, Networks, measure
 from siss_diffusers.families import NamedPipeline, StableDiffusion
 from siss_diffusers.families.loading import load_for_sampling
 from siss_diffusers.metrics import METRICS

@@ -23,10 +23,7 @@ from sklearn.neural_network import MLPClassifier
 
 import siss_diffusers
 from siss_diffusers.assets.digits import digit_images, garment_image, write_training_folder
-from siss_diffusers.evaluation.data import EvaluationData
-from siss_diffusers.evaluation.evaluator import Evaluator, measure
-from siss_diffusers.evaluation.networks import Networks
-from siss_diffusers.evaluation.settings import EvaluationSettings
+from siss_diffusers.evaluation import EvaluationData, EvaluationSettings, Evaluator, Networks, measure
 from siss_diffusers.families import NamedPipeline, Unconditional
 from siss_diffusers.metrics import METRICS
 from siss_diffusers.metrics.pictures import save_grid

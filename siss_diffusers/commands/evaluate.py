@@ -146,19 +146,14 @@ def main(args: argparse.Namespace) -> None:
     """
     from accelerate import PartialState
 
-    from siss_diffusers.evaluation.evaluator import Evaluator
-    from siss_diffusers.evaluation.networks import load_networks
-    from siss_diffusers.evaluation.output import write_evaluation
-    from siss_diffusers.evaluation.summary import format_summary
+    from siss_diffusers.evaluation import evaluate, format_summary, write_evaluation
 
     models = check_arguments(args)
     family, loaders = find_models(args, models)
     settings = make_settings(args)
-    state = PartialState()
-    networks = load_networks(settings, state.device)
-    data, counts = load_data(args, family, settings)
-    evaluation = Evaluator(family, data, settings, networks).evaluate(loaders)
-    if not state.is_main_process:
+    keep, forget, counts = split(args, family)
+    evaluation = evaluate(family, loaders, keep, forget, *read_captions(args, family, keep, forget), settings)
+    if not PartialState().is_main_process:
         return
     evaluation.settings["data"] = counts
     evaluation.settings["unlearned_weights"] = digest_of_folder(args.unlearned)
@@ -265,33 +260,6 @@ def make_settings(args: argparse.Namespace) -> EvaluationSettings:
     return EvaluationSettings(**values | {"paraphrases": tuple(paraphrases), "prompt_noise": tuple(args.prompt_noise)})
 
 
-def load_data(args: argparse.Namespace, family: "Family", settings: EvaluationSettings) -> tuple[Any, dict[str, int]]:
-    """Read the pictures and prompts that models are measured with.
-
-    Returns:
-        The data, and the numbers of images for `evaluation.json`.
-
-    Raises:
-        UsageError: for a set that is empty, an image that cannot be used, or a prompt that is missing.
-    """
-    from siss_diffusers.data.captions import load_captions
-    from siss_diffusers.evaluation.data import collect_data
-
-    keep, forget, counts = split(args, family)
-    prompts = [None, None]
-    if family.has_prompts:
-        prompts = [load_captions(images, args.caption_column).to_pylist() for images in (keep, forget)]
-    data = collect_data(
-        keep,
-        forget,
-        *prompts,
-        num_samples=settings.num_samples,
-        with_ordinary_images=settings.feature_extractor is not None,
-        seed=settings.seed,
-    )
-    return data, counts
-
-
 def split(args: argparse.Namespace, family: "Family") -> tuple["Images", "Images", dict[str, int]]:
     """Return the images to keep, the images to forget, and the numbers of images."""
     import numpy as np
@@ -304,6 +272,19 @@ def split(args: argparse.Namespace, family: "Family") -> tuple["Images", "Images
     )
     data = split_data(DataSource.of(args).load(), transform, args.seed)
     return data.train.select(np.sort(data.order.drawn)), data.forget, data.counts()
+
+
+def read_captions(args: argparse.Namespace, family: "Family", *data_sets: "Images") -> "list[list[str] | None]":
+    """Return the prompts of each data set; None if the model has no prompts.
+
+    Raises:
+        UsageError: for a prompt that is missing.
+    """
+    from siss_diffusers.data.captions import load_captions
+
+    if not family.has_prompts:
+        return [None for _ in data_sets]
+    return [load_captions(images, args.caption_column).to_pylist() for images in data_sets]
 
 
 def digest_of_folder(where: str) -> str | None:

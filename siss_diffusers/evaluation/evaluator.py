@@ -2,15 +2,15 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from torch import Tensor
 
-from siss_diffusers.evaluation.data import EvaluationData
+from siss_diffusers.evaluation.data import EvaluationData, collect_data
 from siss_diffusers.evaluation.detectors import Detectors
 from siss_diffusers.evaluation.model import MeasuredModel
 from siss_diffusers.evaluation.networks import Networks, load_networks
@@ -19,6 +19,9 @@ from siss_diffusers.families import Family
 from siss_diffusers.families.sampling import evaluating
 from siss_diffusers.metrics import METRICS, PROBES, Entry, Skip
 
+
+if TYPE_CHECKING:
+    from siss_diffusers.data.images import Images
 
 logger = logging.getLogger(__name__)
 
@@ -169,3 +172,37 @@ def measure(model: MeasuredModel, entries: Iterable[Entry] | None = None) -> tup
             except Skip as skip:
                 reasons[entry.key] = str(skip)
     return figures, reasons
+
+
+def evaluate(
+    family: Family,
+    models: Mapping[str, Callable[[], Any]],
+    keep: "Images",
+    forget: "Images",
+    keep_prompts: Sequence[str] | None = None,
+    forget_prompts: Sequence[str] | None = None,
+    settings: EvaluationSettings | None = None,
+) -> Evaluation:
+    """Measure models on the same seeds.
+
+    Args:
+        family: of all models.
+        models: functions that load the pipelines, by name; the first is the base. See `Evaluator.evaluate`.
+        keep, forget: the data sets.
+        keep_prompts, forget_prompts: the prompt of each image; None for models without prompts.
+
+    Raises:
+        UsageError: for networks, images or settings that cannot be used, before any model is loaded.
+    """
+    settings = settings or EvaluationSettings()
+    networks = load_networks(settings, PartialState().device)
+    data = collect_data(
+        keep,
+        forget,
+        keep_prompts,
+        forget_prompts,
+        num_samples=settings.num_samples,
+        with_ordinary_images=networks.features is not None,
+        seed=settings.seed,
+    )
+    return Evaluator(family, data, settings, networks).evaluate(models)
