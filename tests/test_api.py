@@ -144,6 +144,26 @@ def test_an_output_dir_is_that_of_the_script_and_resumes(digits, tmp_path):
     assert_same_weights(out, tmp_path / "whole", UNET)
 
 
+FEW = {"num_samples": 4, "num_ordinary_samples": 4, "num_inference_steps": 2, "batch_size": 4}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_an_outcome_is_evaluated_beside_the_base(kind, captioned, stable_diffusion, tmp_path):
+    """The base is the same pipeline without its adapter, or loaded again; what is trained stays as it was."""
+    outcome = unlearn(stable_diffusion, **captioned, use_lora=kind == "lora")
+    before = {name: value.clone() for name, value in outcome.pipeline.unet.state_dict().items()}
+    evaluation = outcome.evaluate(tmp_path / "report", guidance_scale=3.0, **FEW)
+    samples = {name: kinds["ordinary prompts"] for name, kinds in evaluation.samples.items()}
+    assert not samples["base"].equal(samples["unlearned"])
+    assert json.loads((tmp_path / "report" / "evaluation.json").read_text())["settings"]["data"]["keep"] > 0
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert all(value.equal(before[name]) for name, value in outcome.pipeline.unet.state_dict().items())
+    again = outcome.evaluate(guidance_scale=3.0, **FEW)
+    assert again.samples["unlearned"]["ordinary prompts"].equal(samples["unlearned"])
+    with pytest.raises(UsageError, match="an evaluation has no setting 'num_sample'"):
+        outcome.evaluate(num_sample=4)
+
+
 @pytest.mark.slow
 def test_images_to_keep_are_sampled_where_none_are_given(tmp_path):
     """The memorized picture is not among them: a third to all of the samples are."""
