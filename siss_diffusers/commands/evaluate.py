@@ -112,6 +112,11 @@ def add_metric_arguments(metrics: argparse._ArgumentGroup) -> None:
         default=[],
         help="Text-to-image models: sample with noise on the prompt's embedding, so many times its standard deviation.",
     )
+    add_relearning_arguments(metrics)
+
+
+def add_relearning_arguments(metrics: argparse._ArgumentGroup) -> None:
+    """Add the flags of the relearning attack."""
     metrics.add_argument(
         "--relearning_steps",
         type=natural_number,
