@@ -1,0 +1,57 @@
+"""What models are measured with: different forget images, keep images of their prompts, ordinary prompts."""
+
+import numpy as np
+import pytest
+import torch
+
+from siss_diffusers.errors import UsageError
+from siss_diffusers.evaluation import collect_data
+from tests.helpers.image_rows import make_images
+
+
+def pictures(*levels: int) -> list[np.ndarray]:
+    return [np.full((8, 8), level, dtype=np.uint8) for level in levels]
+
+
+@pytest.fixture
+def keep(tmp_path):
+    return make_images(pictures(10, 20, 30, 40, 50), tmp_path / "keep")
+
+
+@pytest.fixture
+def forget(tmp_path):
+    return make_images(pictures(200, 210, 200, 210), tmp_path / "forget")
+
+
+def levels(images: torch.Tensor) -> list[int]:
+    return [round(255 * image.mean().item()) for image in images]
+
+
+def test_equal_forget_images_count_once_and_everything_may_be_kept(keep, forget):
+    data = collect_data(keep, forget, num_samples=4, with_ordinary_images=False)
+    assert levels(data.forget) == [200, 210] and sorted(levels(data.keep)) == [10, 20, 30, 40, 50]
+    assert data.keep is data.ordinary_images and data.prompts == ("",)
+    assert data.forget_prompts.tolist() == [0, 0] and len(data.keep_prompts) == 5
+    other = collect_data(keep, forget, num_samples=4, with_ordinary_images=False, seed=1)
+    assert levels(other.keep) != levels(data.keep)
+
+
+def test_images_to_keep_have_the_prompts_of_forget_images(keep, forget):
+    keep_prompts, forget_prompts = ["b", "x", "a", "x", "y"], ["b", "a", "b", "a"]
+    data = collect_data(keep, forget, keep_prompts, forget_prompts, num_samples=2, with_ordinary_images=True)
+    assert data.prompts == ["a", "b"] and data.forget_prompts.tolist() == [1, 0]
+    assert dict(zip(levels(data.keep), data.keep_prompts.tolist())) == {10: 1, 30: 0}
+    # The most frequent first.
+    assert data.ordinary_prompts == ["x", "y"] and sorted(levels(data.ordinary_images)) == [20, 40, 50]
+    without = collect_data(keep, forget, keep_prompts, forget_prompts, num_samples=2, with_ordinary_images=False)
+    assert without.ordinary_images is None
+
+
+def test_where_no_image_to_keep_has_such_a_prompt_all_are_compared_with(keep, forget):
+    data = collect_data(keep, forget, ["x"] * 5, ["a"] * 4, num_samples=1, with_ordinary_images=False)
+    assert data.keep_prompts is None and len(data.keep) == 5
+
+
+def test_a_prompt_without_a_sample_is_refused(keep, forget):
+    with pytest.raises(UsageError, match="--num_samples must be at least 2"):
+        collect_data(keep, forget, ["x"] * 5, ["a", "b", "a", "b"], num_samples=1, with_ordinary_images=False)
