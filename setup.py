@@ -39,6 +39,8 @@ setup(
     package_data={
         "siss_diffusers": ["py.typed"],
         "siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"],
+        "siss_diffusers.hub": ["*.jinja"],
+        "siss_diffusers.report": ["*.jinja", "*.css"],
     },
     install_requires=[
         "torch>=2.6",
@@ -49,6 +51,7 @@ setup(
         "peft>=0.21",
         "datasets>=5",
         "safetensors>=0.5",
+        "jinja2>=3.1",
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "Pillow>=10",

@@ -1,4 +1,4 @@
-"""Create a repository on the Hub and upload to it in one commit."""
+"""Create a repository on the Hub, and upload a finished run to it in one commit."""
 
 import logging
 import shlex
@@ -11,21 +11,23 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from siss_diffusers.errors import RunError, UsageError
-from siss_diffusers.hub.card import card_of
-from siss_diffusers.hub.contents import Upload, model_files, read_run, to_json
+from siss_diffusers.hub.card import make_card
+from siss_diffusers.hub.contents import Upload, model_uploads, read_run, to_json_bytes
 
 
 logger = logging.getLogger(__name__)
 
 
-# The rate limits of the Hub count over five minutes.
+# The Hub counts requests over five minutes, so a longer wait does not help.
 MAX_ATTEMPTS, MAX_WAIT = 4, 300
+TEMPORARY_STATUS = (429, 500, 502, 503, 504)
 
 
 def check_repo_id(repo_id: str, flag: str) -> None:
-    """
+    """Check the name of a repository.
+
     Raises:
-        UsageError: for what cannot be the name of a repository.
+        UsageError: if it cannot be one; the message names the flag.
     """
     try:
         validate_repo_id(repo_id)
@@ -33,12 +35,12 @@ def check_repo_id(repo_id: str, flag: str) -> None:
         raise UsageError(f"{flag}: {repo_id!r} cannot name a repository ({str(error).splitlines()[0]})")
 
 
-def explain(error: Exception, repo_id: str) -> str:
-    """What the Hub did not like, and what helps."""
+def explain_hub_error(error: Exception, repo_id: str) -> str:
+    """Return what went wrong with a request to the Hub, and what helps."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it"
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__  # of a file that could not be stored
+        error = error.__cause__  # huggingface_hub wraps the error of a file that could not be stored
     response = getattr(error, "response", None)
     status = None if response is None else response.status_code
     message = getattr(error, "server_message", None) or str(error).splitlines()[0]
@@ -47,7 +49,7 @@ def explain(error: Exception, repo_id: str) -> str:
     if status == 403:
         return f"the token may not write to {repo_id} (403); use one with write access, or name another repository"
     if status == 404:
-        return f"there is no {repo_id} that this token can see (404)"
+        return f"the token sees no repository {repo_id} (404)"
     if status in (409, 412):
         return f"{repo_id} was changed by somebody else at the same time ({status})"
     if status == 429:
@@ -56,51 +58,61 @@ def explain(error: Exception, repo_id: str) -> str:
     if status is not None:
         return f"the Hub answered {status}: {message}"
     if isinstance(error, ValueError):
-        return f"it is not accepted ({message})"
+        return f"the Hub does not accept it ({message})"
     return f"the Hub cannot be reached ({type(error).__name__}: {message})"
 
 
 def create_repository(repo_id: str, token: str | None, private: bool) -> str:
-    """Create the repository where there is none; its whole name.
+    """Create the repository if it does not exist.
+
+    Returns:
+        Its full name, with the name of its owner.
 
     Raises:
-        UsageError: where the token does not allow it, the Hub cannot be reached, or a repository that was to be private
-            is public.
+        UsageError: if the token does not allow it, the Hub cannot be reached, or the repository is to be private and
+            exists as a public one.
     """
     api = HfApi(token=token)
     try:
-        # None leaves it to the organisation's default.
+        # None means the default of the organisation.
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private or None).repo_id
         is_private = api.repo_info(repo_id).private
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise UsageError(f"--push_to_hub: {explain(error, repo_id)}")
+        raise UsageError(f"cannot publish to {repo_id}: {explain_hub_error(error, repo_id)}")
     if private and not is_private:
         raise UsageError(
-            f"--hub_private_repo: {repo_id} is there already, and public; make it private in its settings, or name"
+            f"--hub_private_repo: {repo_id} exists already, and is public; make it private in its settings, or name"
             " another by --hub_model_id"
         )
     return repo_id
 
 
 def push_again_command(run: Path, repo_id: str) -> str:
+    """Return the command that uploads the run again, in backticks."""
     return f"`siss push {shlex.quote(str(run))} --hub_model_id {repo_id}`"
 
 
-def push(
+def push_run(
     run: Path,
     repo_id: str,
     token: str | None,
     evaluation: str | None = None,
     base_model: str | None = None,
 ) -> str:
-    """List what goes up, and upload it in one commit; the address of the repository.
+    """Print which files are uploaded, write the card beside the run, and upload everything in one commit.
+
+    Args:
+        evaluation, base_model: as of `read_run`.
+
+    Returns:
+        A sentence with the address of the commit.
 
     Raises:
-        UsageError: where the folder holds no finished run.
-        RunError: where the upload fails; nothing of it is in the repository then, and the run is as it was.
+        UsageError: as `read_run`.
+        RunError: if the upload fails. Then the repository is as it was, and so is the run.
     """
-    uploads = collect(run, repo_id, evaluation, base_model, token)
-    print(listing(uploads, run, repo_id))
+    uploads = collect_uploads(run, repo_id, token, evaluation, base_model)
+    print(format_uploads(uploads, run, repo_id))
     card = next(upload.source for upload in uploads if upload.path_in_repo == "README.md")
     try:
         if isinstance(card, bytes):
@@ -108,22 +120,31 @@ def push(
     except OSError as error:
         (run / "README.md").unlink(missing_ok=True)
         raise RunError(
-            f"nothing was uploaded: README.md could not be written ({error.strerror}); free some space and push again"
-            f" by {push_again_command(run, repo_id)}"
+            f"nothing was uploaded: README.md could not be written ({error.strerror}); free some space and run"
+            f" {push_again_command(run, repo_id)}"
         )
     try:
-        address = commit(repo_id, uploads, token)
+        address = upload_in_one_commit(repo_id, uploads, token)
     except (HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
         raise RunError(
-            f"the upload failed: {explain(error, repo_id)}; the run is whole in {run}, push it again by"
+            f"the upload failed: {explain_hub_error(error, repo_id)}; the run is complete in {run}, upload it again by"
             f" {push_again_command(run, repo_id)}"
         )
     return f"Pushed to {address}"
 
 
-def commit(repo_id: str, uploads: list[Upload], token: str | None) -> str:
-    """All files in one commit. What has been stored by an attempt is not sent again by the next; an attempt whose answer
-    was lost makes the next one find nothing to do."""
+def upload_in_one_commit(repo_id: str, uploads: list[Upload], token: str | None) -> str:
+    """Upload all files in one commit, and try again after errors that pass.
+
+    A file that one attempt has stored is not sent again by the next. If only the answer to a commit was lost, the next
+    attempt finds nothing to change.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        HfHubHTTPError: and what else `create_commit` raises, if it is no error that passes, or the last attempt fails.
+    """
     for attempt in count(1):
         try:
             return (
@@ -137,46 +158,54 @@ def commit(repo_id: str, uploads: list[Upload], token: str | None) -> str:
             )
         except (HfHubHTTPError, httpx.TransportError) as error:
             response = getattr(error, "response", None)
-            passing = response is None or response.status_code in (429, 500, 502, 503, 504)
-            if not passing or attempt == MAX_ATTEMPTS:
+            is_temporary = response is None or response.status_code in TEMPORARY_STATUS
+            if not is_temporary or attempt == MAX_ATTEMPTS:
                 raise
-            asked = "" if response is None else response.headers.get("retry-after", "")
-            seconds = min(int(asked), MAX_WAIT) if asked.isdecimal() else 2 ** (attempt - 1)
-            logger.warning(f"The upload failed for now: {explain(error, repo_id)}; trying again in {seconds} s")
+            retry_after = "" if response is None else response.headers.get("retry-after", "")
+            seconds = min(int(retry_after), MAX_WAIT) if retry_after.isdecimal() else 2 ** (attempt - 1)
+            logger.warning(f"The upload failed: {explain_hub_error(error, repo_id)}; trying again in {seconds} s")
             time.sleep(seconds)
 
 
-def listing(uploads: list[Upload], run: Path, repo_id: str) -> str:
-    """What goes up, and how many files stay."""
+def format_uploads(uploads: list[Upload], run: Path, repo_id: str) -> str:
+    """Return a list of the files that are uploaded with their sizes, and the number of those that are not."""
     width = max(len(upload.path_in_repo) for upload in uploads)
     lines = [f"To {repo_id}, in one commit:"]
     lines += [f"  {upload.path_in_repo:{width}}  {readable_size(upload.size):>9}" for upload in uploads]
     names = {upload.path_in_repo for upload in uploads}
-    kept = sum(path.is_file() and path.relative_to(run).as_posix() not in names for path in run.rglob("*"))
-    # Not their names: one may be that of a forgotten image.
-    lines.append(f"{kept} other {'file stays' if kept == 1 else 'files stay'} here.")
+    private = sum(path.is_file() and path.relative_to(run).as_posix() not in names for path in run.rglob("*"))
+    # Only their number: one of them may carry the name of a forgotten image.
+    lines.append(f"{private} other {'file is' if private == 1 else 'files are'} not uploaded.")
     return "\n".join(lines)
 
 
 def readable_size(size: int) -> str:
+    """Return a number of bytes in the unit that fits it."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} B"
 
 
-def collect(
-    run: Path, repo_id: str, evaluation: str | None, base_model: str | None, token: str | None
+def collect_uploads(
+    run: Path,
+    repo_id: str,
+    token: str | None,
+    evaluation: str | None = None,
+    base_model: str | None = None,
 ) -> list[Upload]:
-    """What of a finished run goes up, the card and the JSON files as they go up.
+    """Return everything that is uploaded of a finished run: the model, the card, and the two JSON files.
+
+    Args:
+        evaluation, base_model: as of `read_run`.
 
     Raises:
         UsageError: as `read_run`.
     """
-    report, measured = read_run(run, evaluation, base_model)
-    uploads = model_files(run)
-    uploads.append(Upload("unlearning.json", to_json(report)))
-    if measured is not None:
-        uploads.append(Upload("evaluation.json", to_json(measured)))
-    uploads.append(Upload("README.md", card_of(run, repo_id, report, measured, token)))
+    report, public_evaluation = read_run(run, evaluation, base_model)
+    uploads = model_uploads(run)
+    uploads.append(Upload("unlearning.json", to_json_bytes(report)))
+    if public_evaluation is not None:
+        uploads.append(Upload("evaluation.json", to_json_bytes(public_evaluation)))
+    uploads.append(Upload("README.md", make_card(run, repo_id, report, public_evaluation, token)))
     return uploads

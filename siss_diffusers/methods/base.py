@@ -139,6 +139,7 @@ class Method(ABC):
     Class attributes:
         name: as in `--method`.
         summary: one line for `--help`.
+        paper: title and address of the paper that the method comes from; the model card cites it.
         takes_scaling: whether the forget gradient is subtracted by a scaling rule of the user's choice.
         subtracts_forget: whether the forget loss is ascended, and so can be calibrated.
         needs: what a query must hold beside the pair: any of `uniform` and
@@ -148,6 +149,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    paper: ClassVar[tuple[str, str]]
     takes_scaling: ClassVar[bool] = False
     subtracts_forget: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()

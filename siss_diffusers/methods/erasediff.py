@@ -21,6 +21,7 @@ class EraseDiff(Method):
 
     name = "erasediff"
     summary = "pulls the output on forget images towards uniform noise"
+    paper = ("Erasing Undesirable Influence in Diffusion Models", "https://arxiv.org/abs/2401.05779")
     needs = frozenset({"uniform"})
 
     def __post_init__(self) -> None:

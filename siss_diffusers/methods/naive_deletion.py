@@ -2,6 +2,7 @@ from dataclasses import dataclass
 
 from siss_diffusers.combine import Rule, constant_rule
 from siss_diffusers.methods.base import Method, Query, Rows
+from siss_diffusers.methods.siss import SISS_PAPER
 
 
 @dataclass(frozen=True)
@@ -10,6 +11,7 @@ class NaiveDeletion(Method):
 
     name = "naive_deletion"
     summary = "ordinary fine-tuning on the keep set"
+    paper = SISS_PAPER
     has_both_sides = False
 
     def rule(self, scaling: Rule) -> Rule:

@@ -17,6 +17,10 @@ class NegGrad(Method):
 
     name = "neggrad"
     summary = "gradient ascent on the forget set"
+    paper = (
+        "Eternal Sunshine of the Spotless Net: Selective Forgetting in Deep Networks",
+        "https://arxiv.org/abs/1911.04933",
+    )
     subtracts_forget = True
     has_both_sides = False
 

@@ -24,6 +24,10 @@ class ReTrack(Method):
 
     name = "retrack"
     summary = "redirects noised forget images to their nearest keep images"
+    paper = (
+        "ReTrack: Data Unlearning in Diffusion Models through Redirecting the Denoising Trajectory",
+        "https://arxiv.org/abs/2509.13007",
+    )
     needs = frozenset({"neighbors"})
 
     def __post_init__(self) -> None:

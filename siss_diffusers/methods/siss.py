@@ -8,6 +8,9 @@ from siss_diffusers.noising import broadcast_to
 from siss_diffusers.weights import importance_weights, log_density_ratio
 
 
+SISS_PAPER = ("Data Unlearning in Diffusion Models", "https://arxiv.org/abs/2503.01034")
+
+
 @dataclass(frozen=True)
 class SISS(Method):
     """Subtracted Importance Sampled Scores (Alberti et al., arXiv 2503.01034).
@@ -24,6 +27,7 @@ class SISS(Method):
 
     name = "siss"
     summary = "one network call on a mixture of both images, importance-weighted"
+    paper = SISS_PAPER
     takes_scaling = True
     subtracts_forget = True
 
@@ -72,6 +76,7 @@ class SISSNoIS(Method):
 
     name = "siss_no_is"
     summary = "both images noised, two network calls a pair"
+    paper = SISS_PAPER
     takes_scaling = True
     subtracts_forget = True
 
@@ -94,6 +99,7 @@ class SubscoreBernoulli(Method):
 
     name = "subscore_bernoulli"
     summary = "one network call on one of the two images, drawn at random"
+    paper = SISS_PAPER
     takes_scaling = True
     subtracts_forget = True
 

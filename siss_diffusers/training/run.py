@@ -13,7 +13,7 @@ from torch import nn
 from siss_diffusers.distributed import on_main_process
 from siss_diffusers.errors import Interrupted
 from siss_diffusers.gradients.stats import StepStats
-from siss_diffusers.hub.upload import check_repo_id, create_repository, push, push_again_command
+from siss_diffusers.hub.upload import check_repo_id, create_repository, push_again_command, push_run
 from siss_diffusers.methods import Method
 from siss_diffusers.settings import Settings
 from siss_diffusers.storage.checkpoints import is_saved, save_checkpoint, save_result, tidy
@@ -219,4 +219,4 @@ class Run:
                 f"Saved and not pushed, for a signal came first: {push_again_command(self.output_dir, self.repo_id)}"
             )
             raise Interrupted(self.stop_signal.number)
-        logger.info(push(self.output_dir, self.repo_id, self.settings.hub_token))
+        logger.info(push_run(self.output_dir, self.repo_id, self.settings.hub_token))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from siss_diffusers.families import Conditions, Family, Sampling
 from siss_diffusers.gradients.stats import StepStats
-from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, for_detectors
+from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
 from siss_diffusers.settings import Settings
 from siss_diffusers.storage.files import append_json_line
 from siss_diffusers.training.network import TrainedNetwork
@@ -48,7 +48,7 @@ class Validation:
             split = training_set.split
             references = training_set.pictures(split.forget, range(len(split.forget)))
             keep = training_set.pictures(split.train, training_set.detector_rows)
-            self.detectors = CopyDetectors.calibrated(for_detectors(references), for_detectors(keep))
+            self.detectors = CopyDetectors.calibrated(references, keep)
 
     def is_due(self, stats: StepStats) -> bool:
         """Tell whether to look after this step."""
@@ -66,7 +66,7 @@ class Validation:
         images = self.draw(rows, self.settings.num_validation_images)
         forgotten = [False]
         if self.accelerator.is_main_process:
-            statistics = copy_statistics(self.flags(images))
+            statistics = copy_statistics(self.detectors.flags(images))
             append_json_line(self.run.output_dir / "validation_log.jsonl", {"step": step, **statistics})
             self.accelerator.log({"copy_share": statistics["copy_share"]}, step=step)
             logger.info(f"Step {step}: {100 * statistics['copy_share']:.2f} % of the samples are copies")
@@ -79,14 +79,11 @@ class Validation:
         """Log samples of an unconditional model to the tracker, copies blanked out."""
         self.log_images("samples", self.draw((), self.settings.eval_batch_size))
 
-    def flags(self, images: Tensor) -> dict[str, Tensor]:
-        return self.detectors.flags(for_detectors(images))
-
     def log_images(self, name: str, images: Tensor | None) -> None:
         """Log a batch of samples; what must be forgotten is not logged."""
         if not self.accelerator.is_main_process:
             return
-        images[self.flags(images)["any"]] = 0.5
+        images[self.detectors.flags(images)["any"]] = 0.5
         log_to_trackers(self.accelerator, name, images, self.run.progress.global_step)
 
     def draw(self, rows: tuple[int, ...], samples_of_each: int) -> Tensor | None:

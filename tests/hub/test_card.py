@@ -4,7 +4,7 @@ import json
 
 from siss_diffusers.hub.card import CARD_MARK
 from siss_diffusers.hub.contents import only_figures, weights_digest
-from siss_diffusers.hub.upload import collect
+from siss_diffusers.hub.upload import collect_uploads
 from tests.helpers.publishing import BASE, REPO, error_of, push
 
 
@@ -29,13 +29,13 @@ class TestCard:
         assert push(forker, full_run).returncode == 0
         card = hub.files(REPO)["README.md"]
         assert self.metadata(card)["base_model_relation"] == "finetune"
-        assert "lora" not in self.metadata(card)["tags"] and b"can be taken off" not in card
+        assert "lora" not in self.metadata(card)["tags"] and b"The adapter can be removed" not in card
 
     def test_says_how_many_and_that_nothing_was_evaluated(self, forker, hub, lora_run):
         assert push(forker, lora_run).returncode == 0
         card = hub.files(REPO)["README.md"].decode()
-        assert "3 images of the training set" in card and "20 others to keep" in card
-        assert "**Nothing.**" in card and "An adapter can be taken off again" in card
+        assert "3 images of the training set" in card and "20 other images to keep" in card
+        assert "**Nothing was measured.**" in card and "The adapter can be removed" in card
 
     def test_a_table_from_an_evaluation_with_its_figures_and_no_words(self, forker, hub, lora_run, tmp_path):
         entry = {"samples": 256, "copy_share": 0.863, "copy_share_low": 0.816, "copy_share_high": 0.9, "note": "jane"}
@@ -45,8 +45,8 @@ class TestCard:
         (tmp_path / "evaluation.json").write_text(json.dumps(content))
         assert push(forker, lora_run, "--evaluation", str(tmp_path)).returncode == 0
         files = hub.files(REPO)
-        assert "| 86.30 [81.60, 90.00], of 256 | 0.00 [0.00, 1.50], of 256 |" in files["README.md"].decode()
-        assert "| FID | - | 12.35 |" in files["README.md"].decode()
+        assert "| Copies | 86.3 % [81.6, 90.0] | 0.0 % [0.0, 1.5] |" in files["README.md"].decode()
+        assert "| FID | - | 12.35 | lower |" in files["README.md"].decode()
         assert b"jane" not in files["README.md"] + files["evaluation.json"]
         assert json.loads(files["evaluation.json"])["settings"]["skipped"] == ["kid"]
 
@@ -59,11 +59,11 @@ class TestCard:
 
     def test_made_anew_until_somebody_edits_it(self, forker, hub, lora_run):
         assert push(forker, lora_run).returncode == 0
-        (lora_run / "evaluation.json").write_text(json.dumps({"base": {}, "unlearned": {}, "settings": {}}))
+        (lora_run / "evaluation.json").write_text(json.dumps({"base": {}, "unlearned": {"fid": 1.5}}))
         assert push(forker, lora_run).returncode == 0
         card = hub.files(REPO)["README.md"].decode()
-        assert "**Nothing.**" not in card
-        mine = card.replace("## Limits", "## My limits")
+        assert "**Nothing was measured.**" not in card
+        mine = card.replace("## Limitations", "## My limitations")
         (lora_run / "README.md").write_text(mine)
         child = push(forker, lora_run)
         assert child.returncode == 0 and "edited by hand" in child.output
@@ -72,9 +72,7 @@ class TestCard:
     def test_a_base_from_a_folder_is_not_named(self, lora_run, tmp_path):
         report = json.loads((lora_run / "unlearning.json").read_text())
         (lora_run / "unlearning.json").write_text(json.dumps(report | {"base_model": None}))
-        (card,) = [
-            file.source for file in collect(lora_run, REPO, None, None, None) if file.path_in_repo == "README.md"
-        ]
+        (card,) = [file.source for file in collect_uploads(lora_run, REPO, None) if file.path_in_repo == "README.md"]
         assert b"base_model" not in card and b"THE BASE MODEL" in card and CARD_MARK.encode() in card
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.hub.contents import weights_digest
-from siss_diffusers.hub.upload import collect
+from siss_diffusers.hub.upload import collect_uploads
 from tests.helpers.commands import to_argv
 from tests.helpers.forked import Forker
 from tests.helpers.paths import TINY_MODEL
@@ -148,7 +148,8 @@ def test_nothing_of_what_was_forgotten_is_uploaded(forker, hub, captioned_folder
     child = push(forker, run, "--evaluation", str(evaluation))
     assert child.returncode == 0, child.output
     assert "jane" not in child.output
-    assert "evaluation.json" in hub.files(REPO) and "| base | unlearned |" in hub.files(REPO)["README.md"].decode()
+    assert "evaluation.json" in hub.files(REPO)
+    assert "| base model | this model |" in hub.files(REPO)["README.md"].decode()
 
     uploaded = hub.uploaded_bytes()
     assert len(uploaded) > (run / "unet/diffusion_pytorch_model.safetensors").stat().st_size
@@ -173,7 +174,7 @@ def test_the_listing_comes_first_and_dry_run_stops_there(forker, hub, lora_run):
     child = push(forker, lora_run, "--dry_run")
     assert child.returncode == 0, child.output
     assert re.search(rf"To {REPO}, in one commit:\n  {LORA} +\d", child.output)
-    assert "2 other files stay here." in child.output and "Nothing was uploaded" in child.output
+    assert "2 other files are not uploaded." in child.output and "Nothing was uploaded" in child.output
     assert {request.method for request in hub.requests} <= {"GET"}  # the licence of the base
     assert not (lora_run / "README.md").exists() and REPO not in hub.repos
 
@@ -207,7 +208,7 @@ class TestBeforeTraining:
             ({"--hub_token": READ_TOKEN}, "may not write"),
             ({"--hub_model_id": "somebody/else"}, "may not write"),
             ({"--hub_model_id": "a/b/c"}, "--hub_model_id: 'a/b/c' cannot name a repository"),
-            ({"--hub_model_id": "founder/public", "--hub_private_repo": None}, "there already, and public"),
+            ({"--hub_model_id": "founder/public", "--hub_private_repo": None}, "exists already, and is public"),
         ],
         ids=["unknown token", "read token", "another's", "no name", "public"],
     )
@@ -228,8 +229,8 @@ class TestBeforeTraining:
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({}, "no unlearning.json: no run ended in it"),
-        ({"checkpoint-2/state.json": "{}"}, "the run in it has not finished"),
+        ({}, "no unlearning.json: no run has ended there"),
+        ({"checkpoint-2/state.json": "{}"}, "its run has not finished"),
         ({"unlearning.json": "{"}, "cannot be read"),
         ({"unlearning.json": "{}"}, "neither an adapter nor a pipeline"),
     ],
@@ -239,4 +240,4 @@ def test_a_folder_that_holds_no_finished_run(files, expected, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=expected):
-        collect(tmp_path, REPO, None, None, None)
+        collect_uploads(tmp_path, REPO, None)

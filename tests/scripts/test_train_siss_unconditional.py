@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from siss_diffusers import METHODS
 from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.errors import RunError
-from siss_diffusers.hub.card import hyperparameters
+from siss_diffusers.hub.card import training_settings
 from siss_diffusers.settings import UnconditionalSettings
 from siss_diffusers.training.schedule import current_forget_range
 from siss_diffusers.training.state import Progress
@@ -113,9 +113,12 @@ def test_ranges_of_forgetting_have_steps_of_their_own(schedule, turns, base_args
         for key in ("keep_loss", "forget_loss", "grad_norm_forget", "forget_scale"):
             assert line[key] == pytest.approx((second if is_second else first)[step][key])
             assert line[key] != pytest.approx((first if is_second else second)[step][key])
-    card = hyperparameters(json.loads((tmp_path / "500_1000_0_500" / "unlearning.json").read_text()))
-    order = {"alternate": "500 to 1000 and in turns 0 to 500", "sequential": "500 to 1000, then 0 to 500"}[schedule]
-    assert f"| timesteps of forgetting | {order} |" in card and "| timesteps | 0 to 1000 |" in card
+    rows = training_settings(json.loads((tmp_path / "500_1000_0_500" / "unlearning.json").read_text()))
+    separator = {"alternate": ", alternating with ", "sequential": ", then "}[schedule]
+    assert ("timesteps of forgetting", f"500 to 1000{separator}0 to 500") in rows and (
+        "timesteps",
+        "0 to 1000",
+    ) in rows
 
 
 def test_a_range_named_twice_has_two_shares_of_a_sequence():
