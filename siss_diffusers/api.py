@@ -25,6 +25,18 @@ from siss_diffusers.training.run import Run
 from siss_diffusers.unlearning import fit, with_family_defaults
 
 
+# Settings that name what Python has as an object.
+OBJECTS_INSTEAD = (
+    dict.fromkeys(
+        ("pretrained_model_name_or_path", "revision", "variant", "non_ema_revision"), "give the pipeline itself"
+    )
+    | dict.fromkeys(
+        ("train_data_dir", "dataset_name", "dataset_config_name", "image_column"), "give the data as `keep`"
+    )
+    | {"forget_data_dir": "give the data as `forget`"}
+)
+
+
 def unlearn(
     pipeline: Any,
     forget: Any = None,
@@ -54,6 +66,9 @@ def unlearn(
     source = LoadedPipeline(pipeline)
     family_class = find_family(source)
     settings_class = TextToImageSettings if family_class.has_prompts else UnconditionalSettings
+    check_python_settings(settings)
+    if isinstance(keep, str | Path):
+        settings["train_data_dir"] = str(keep)  # what `forget_files` are names within
     chosen, method, rule = resolve(settings_class.from_values({"report_to": "none"} | settings))
     family = family_class.from_source(source, chosen.resolution)
     chosen = with_family_defaults(chosen, family, source)
@@ -68,6 +83,19 @@ def unlearn(
         outcome = fit(run, rule, family, source, given)
     outcome.temporary = temporary
     return outcome
+
+
+def check_python_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings that only the scripts can use.
+
+    Raises:
+        UsageError: naming what to use instead.
+    """
+    for name, instead in OBJECTS_INSTEAD.items():
+        if name in settings:
+            raise UsageError(f"{name} is a flag of the scripts; in Python {instead}")
+    if settings.get("push_to_hub") and "output_dir" not in settings:
+        raise UsageError("push_to_hub needs output_dir; or call `push_to_hub(repo_id)` of what unlearn returns")
 
 
 def given_rows(
@@ -88,8 +116,7 @@ def given_rows(
         raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
     if forget is None:
         train = rows_of(keep, "keep", captions, cache_dir=settings.cache_dir)
-        folder = str(keep) if isinstance(keep, str | Path) else None
-        selection = (settings.forget_files, settings.forget_column, settings.forget_value, folder)
+        selection = (settings.forget_files, settings.forget_column, settings.forget_value, settings.train_data_dir)
         indices = forget_rows_of(train.rows, train.column, *selection)
         if indices is None:
             raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")

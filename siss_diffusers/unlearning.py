@@ -180,7 +180,8 @@ def prepare_problem(
         num_processes=accelerator.num_processes,
         first_window=run.progress.window,
     )
-    planned_windows = settings.max_train_steps + settings.max_skipped_steps if family.has_prompts else None
+    plans_ahead = family.has_prompts or family.has_latents
+    planned_windows = settings.max_train_steps + settings.max_skipped_steps if plans_ahead else None
     drawn = planned_windows and drawn_images(settings, method, training_set, sampler, planned_windows)
     samples = prepare_samples(
         settings, family, pipeline, method, training_set, drawn, accelerator.device, accelerator.is_local_main_process

@@ -208,6 +208,8 @@ class Settings:
         unknown = [name for name in values if name not in known]
         if unknown:
             raise UsageError(f"there is no setting {unknown[0]!r} for this model; the settings are {', '.join(known)}")
+        if isinstance(values.get("method_args"), dict):
+            values = values | {"method_args": [f"{key}={value}" for key, value in values["method_args"].items()]}
         return cls(**{name: check_value(known[name], value) for name, value in values.items()})
 
     def replace(self, **values: Any) -> "Settings":
