@@ -152,6 +152,8 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UsageError: for bad input, or if no prompt could be curated.
     """
+    from accelerate import PartialState
+
     output_dir = Path(args.output_dir)
     if args.flip is not None or args.move is not None:
         return move_by_hand(output_dir, args.flip or [], args.move or [])
@@ -161,7 +163,8 @@ def main(args: argparse.Namespace) -> None:
     check_output_dir(output_dir, settings)
     references = [] if args.reference is None else [load_picture(Path(args.reference), "--reference")]
     features = load_features(args.feature_extractor, args.feature_size, args.batch_size)
-    if sample_prompts(prompts, args, output_dir, settings):
+    sample_prompts(prompts, args, output_dir, settings)
+    if PartialState().is_main_process:
         split_prompts(prompts, references, features, args, output_dir, settings)
 
 
@@ -179,11 +182,8 @@ def load_features(feature_extractor: str | None, size: int, batch_size: int) -> 
     return partial(extract, load_torchscript(feature_extractor, flag), size=size, batch_size=batch_size, flag=flag)
 
 
-def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir: Path, settings: dict) -> bool:
+def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir: Path, settings: dict) -> None:
     """Sample the prompts on all processes, into `samples/`. Batches that an interrupted run has made are not made again.
-
-    Returns:
-        Whether this is the main process, which does the rest.
 
     Raises:
         UsageError: for a model that cannot be used.
@@ -216,7 +216,6 @@ def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir:
     starts = range(0, args.num_images, args.batch_size)
     announce(f"Sampling {count_of(len(prompts), 'prompt')}, {count_of(args.num_images, 'sample')} each")
     on_all_processes(draw_batch, [(index, start) for index in range(len(prompts)) for start in starts], "Batches")
-    return state.is_main_process
 
 
 def split_prompts(
