@@ -40,6 +40,7 @@ setup(
         "siss_diffusers": ["py.typed"],
         "siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"],
         "siss_diffusers.hub": ["*.jinja"],
+        "siss_diffusers.report": ["*.jinja", "*.css"],
     },
     install_requires=[
         "torch>=2.6",

@@ -20,10 +20,12 @@ import numpy as np
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from demo_sd import MODEL, SETTINGS, Evaluation, load_pipeline
+from demo_sd import CURVE_METRICS, MODEL, SETTINGS, load_pipeline, make_evaluator
 from launching import launch
 
-from siss_diffusers.assets.captioned import DIGIT_CAPTIONS, FLOWER_CAPTION, write_training_folder
+from siss_diffusers import evaluation
+from siss_diffusers.assets.captioned import write_training_folder
+from siss_diffusers.metrics import METRICS
 from siss_diffusers.storage.files import write_json
 
 
@@ -49,20 +51,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quantiles", type=float, nargs="*", default=[0.75], help="--calibrate_forgetting.")
     parser.add_argument("--num_forget_samples", type=int, default=128, help="Samples of the memorized prompt.")
     parser.add_argument("--num_digit_samples", type=int, default=100, help="Samples of the ten digit prompts.")
-    args = parser.parse_args()
-    args.seed = SAMPLING_SEED
-    return args
+    return parser.parse_args()
 
 
-def measure(evaluation: Evaluation, adapter: Path | None) -> dict:
-    args, pipeline = evaluation.args, load_pipeline(adapter)
-    classes = np.arange(args.num_digit_samples) % 10
-    found = evaluation.forgetting(evaluation.samples(pipeline, [FLOWER_CAPTION] * args.num_forget_samples))
-    digits = evaluation.samples(pipeline, [DIGIT_CAPTIONS[digit] for digit in classes])
-    return found | found.pop("copy_share_by_detector") | {"classifier_accuracy": evaluation.accuracy(digits, classes)}
+def measure(evaluator: evaluation.Evaluator, adapter: Path | None) -> dict:
+    """Measure the base, or the base with an adapter."""
+    model = evaluator.model("the adapter" if adapter else "the base", load_pipeline(adapter))
+    figures, reasons = evaluation.measure(model, [*CURVE_METRICS, METRICS["classifier_accuracy"]])
+    return figures | figures.pop("copy_share_by_detector") | dict.fromkeys(reasons)
 
 
-def run(args: argparse.Namespace, evaluation: Evaluation, scale: float, quantile: float | None, seed: int) -> None:
+def run(
+    args: argparse.Namespace, evaluator: evaluation.Evaluator, scale: float, quantile: float | None, seed: int
+) -> None:
     """Train once, measure at each of STEPS, and leave one JSON file."""
     name = f"scale-{scale}-quantile-{quantile}-seed-{seed}"
     file = args.output_dir / "runs" / f"{name}.json"
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace, evaluation: Evaluation, scale: float, quantile
     log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
     result = {"scale": scale, "quantile": quantile, "seed": seed, "points": {}}
     for step in STEPS:
-        result["points"][step] = measure(evaluation, folder / f"checkpoint-{step}") | {"forget_active": None}
+        result["points"][step] = measure(evaluator, folder / f"checkpoint-{step}") | {"forget_active": None}
         if quantile is not None:
             # Over the last ten steps, for a step sees eight forget rows only.
             active = [line["forget_active"] for line in log[step - 10 : step]]
@@ -144,14 +145,14 @@ def plot(path: Path, base: dict, results: list[dict], settings: list[tuple[float
 
 def main() -> None:
     args = parse_args()
-    evaluation = Evaluation(args)
+    evaluator = make_evaluator(SAMPLING_SEED, args.num_forget_samples, args.num_digit_samples)
     if not (args.output_dir / "data").exists():
         write_training_folder(args.output_dir / "data")
     base_file = args.output_dir / "base.json"
     if not base_file.exists():
-        write_json(base_file, measure(evaluation, None))
+        write_json(base_file, measure(evaluator, None))
     for seed, scale, quantile in product(args.seeds, args.scales, [None, *args.quantiles]):
-        run(args, evaluation, scale, quantile, seed)
+        run(args, evaluator, scale, quantile, seed)
 
     # Of everything that is there, whatever this call was asked for.
     base = json.loads(base_file.read_text())

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from calibrated_forgetting import SAMPLING_SEED, describe, measure
-from diffusers import DDPMPipeline
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -22,6 +21,7 @@ import demo_sd
 import demo_unconditional
 from launching import launch
 
+from siss_diffusers import evaluation
 from siss_diffusers.assets import captioned, digits
 from siss_diffusers.storage.files import write_json
 
@@ -46,9 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, default=2048, help="Samples of digits.")
     parser.add_argument("--num_forget_samples", type=int, default=128, help="Samples of the memorized prompt.")
     parser.add_argument("--num_digit_samples", type=int, default=100, help="Samples of the ten digit prompts.")
-    args = parser.parse_args()
-    args.seed = SAMPLING_SEED
-    return args
+    return parser.parse_args()
 
 
 def digits_flags(data: Path) -> dict[str, str | list[str]]:
@@ -75,18 +73,25 @@ def text_flags(data: Path) -> dict[str, str | list[str] | None]:
     }
 
 
-def measure_digits(evaluation: demo_unconditional.Evaluation, folder: Path) -> dict:
-    pipeline = DDPMPipeline.from_pretrained(folder)
-    images = evaluation.samples(pipeline.unet, pipeline.scheduler, evaluation.args.num_samples, "Sampling")
-    return evaluation.statistics(images)
+def digits_evaluator(args: argparse.Namespace) -> evaluation.Evaluator:
+    return demo_unconditional.make_evaluator(SAMPLING_SEED, args.num_samples, num_keep_images=0)
+
+
+def text_evaluator(args: argparse.Namespace) -> evaluation.Evaluator:
+    return demo_sd.make_evaluator(SAMPLING_SEED, args.num_forget_samples, args.num_digit_samples)
+
+
+def measure_digits(evaluator: evaluation.Evaluator, folder: Path) -> dict:
+    model = evaluator.model("the run", demo_unconditional.load_pipeline(folder))
+    return evaluation.measure(model, demo_unconditional.CURVE_METRICS)[0]
 
 
 def run_all(args: argparse.Namespace, model: str) -> None:
-    flags_of, demo, write_data, measure_run = {
-        "digits": (digits_flags, demo_unconditional, digits.write_training_folder, measure_digits),
-        "text": (text_flags, demo_sd, captioned.write_training_folder, measure),
+    flags_of, make_evaluator, write_data, measure_run = {
+        "digits": (digits_flags, digits_evaluator, digits.write_training_folder, measure_digits),
+        "text": (text_flags, text_evaluator, captioned.write_training_folder, measure),
     }[model]
-    evaluation, data = demo.Evaluation(args), args.output_dir / f"{model}-data"
+    evaluator, data = make_evaluator(args), args.output_dir / f"{model}-data"
     if not data.exists():
         write_data(data)
     for seed, every in product(args.seeds, args.every):
@@ -105,8 +110,8 @@ def run_all(args: argparse.Namespace, model: str) -> None:
         }
         seconds = launch("train_siss_unconditional.py" if model == "digits" else "train_siss_sd.py", flags)
         log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-        found = measure_run(evaluation, folder)
-        result = {name: found[name] for name in COLUMNS[model]}
+        figures = measure_run(evaluator, folder)
+        result = {name: figures[name] for name in COLUMNS[model]}
         result |= {"forget_active": float(np.mean([line["forget_active"] for line in log[-10:]]))}
         step_seconds = float(np.median([line["step_seconds"] for line in log]))
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from launching import launch
 from sklearn.neural_network import MLPClassifier
 
@@ -30,9 +29,11 @@ from siss_diffusers.assets.captioned import (
     memorized_image,
     write_training_folder,
 )
-from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, frame_copies, pixel_l2
-from siss_diffusers.metrics.sampling import sample_prompts
-from siss_diffusers.metrics.sharpness import sharpness
+from siss_diffusers.evaluation import EvaluationData, EvaluationSettings, Evaluator, MeasuredModel, Networks, measure
+from siss_diffusers.families import NamedPipeline, StableDiffusion
+from siss_diffusers.families.loading import load_for_sampling
+from siss_diffusers.metrics import METRICS
+from siss_diffusers.metrics.pictures import frame_copies
 from siss_diffusers.storage.checkpoints import list_checkpoints
 from siss_diffusers.storage.files import write_json
 
@@ -41,16 +42,7 @@ MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_sd"
 GUIDANCE_SCALE = 3.0
 SHOWN_CAPTIONS = (*[FLOWER_CAPTION] * 2, TEMPLE_CAPTION, DIGIT_CAPTIONS[3], DIGIT_CAPTIONS[7])
 COLUMNS = 12
-NOT_COMPUTED = {
-    "nll_forget_bpd": "not computed for latent models",
-    "nll_keep_bpd": "not computed for latent models",
-    "inception_score": "classifier_accuracy says more where a class is asked for",
-    "fid": "needs the weights of an Inception network, which this demo does not download",
-    "kid": "needs the weights of an Inception network, which this demo does not download",
-    "sscd_forget": "needs the weights of SSCD, and pictures larger than 32x32",
-    "clip_iqa": "needs the weights of CLIP, and pictures larger than 32x32",
-    "text_noise_norm": "not part of this demo yet",
-}
+CURVE_METRICS = [METRICS[key] for key in ("copy_share", "others", "others_distance_to_keep", "others_sharpness")]
 # What the training script is told; the rest are its defaults.
 SETTINGS = {
     "--method": "siss",
@@ -77,82 +69,75 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_pipeline(adapter: Path | None = None) -> StableDiffusionPipeline:
-    """The base, or a fresh pipeline with the adapter in it."""
-    pipeline = StableDiffusionPipeline.from_pretrained(MODEL)
-    if adapter is not None:
-        pipeline.load_lora_weights(adapter)
-    pipeline.unet.to(memory_format=torch.channels_last)  # faster on a CPU
-    return pipeline
+def load_pipeline(adapter: Path | None = None):
+    """Load the base, or a fresh pipeline with the adapter in it."""
+    source = NamedPipeline(str(MODEL))
+    family = StableDiffusion.from_source(source)
+    return load_for_sampling(source, family, "cpu", adapter=None if adapter is None else str(adapter))
 
 
 def as_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """Turn `(N, H, W, 3)` uint8 into `(N, 3, H, W)` in [0, 1]."""
     return torch.tensor(pictures).permute(0, 3, 1, 2) / 255
 
 
-class Evaluation:
-    """The digit classifier, the copy detectors and the pictures to compare with."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        digits, classes = digit_images()
-        features = as_tensor(digits).mean(1).flatten(1).numpy()
-        self.classifier = MLPClassifier((128,), random_state=0, early_stopping=True)
-        self.classifier.fit(features, classes)
-        self.keep = as_tensor(flower_images())
-        self.detectors = CopyDetectors.calibrated(as_tensor(memorized_image()[None]), self.keep)
-
-    def samples(
-        self, pipeline: StableDiffusionPipeline, prompts: list[str], progress: str | None = None
-    ) -> torch.Tensor:
-        """A sample for each prompt, of the same seeds for every model."""
-        embeds, negative = pipeline.encode_prompt([*prompts], "cpu", 1, True)
-        return sample_prompts(
-            pipeline,
-            embeds,
-            negative[:1],
-            seed=self.args.seed,
-            guidance_scale=GUIDANCE_SCALE,
-            batch_size=64,
-            progress=progress,
-        )
-
-    def forgetting(self, images: torch.Tensor) -> dict:
-        """Copies among samples of the memorized prompt, and what comes instead: how far the others are from the nearest
-        picture that was to be kept under this prompt, in pixel L2, and how sharp they are relative to those pictures,
-        for a dark or blurred picture is near to everything."""
-        flags = self.detectors.flags(images)
-        others = images[~flags["any"]]
-        found = copy_statistics(flags) | {"others": len(others)}
-        if len(others) == 0:
-            return found | {"others_distance_to_keep": None, "others_sharpness": None}
-        return found | {
-            "others_distance_to_keep": pixel_l2(others, self.keep).median().item(),
-            "others_sharpness": (sharpness(others).median() / sharpness(self.keep).median()).item(),
-        }
-
-    def accuracy(self, images: torch.Tensor, classes: np.ndarray) -> float:
-        return float((self.classifier.predict(images.mean(1).flatten(1).numpy()) == classes).mean())
-
-    def measure(self, pipeline: StableDiffusionPipeline, name: str) -> dict:
-        flowers = self.samples(pipeline, [FLOWER_CAPTION] * self.args.num_forget_samples, f"Memorized prompt, {name}")
-        classes = np.arange(self.args.num_digit_samples) % 10
-        digits = self.samples(pipeline, [DIGIT_CAPTIONS[digit] for digit in classes], f"Digits, {name}")
-        return self.forgetting(flowers) | {"classifier_accuracy": self.accuracy(digits, classes)}
+def digit_classifier() -> MLPClassifier:
+    """Train a classifier of grey digits."""
+    digits, classes = digit_images()
+    classifier = MLPClassifier((128,), random_state=0, early_stopping=True)
+    return classifier.fit(as_tensor(digits).mean(1).flatten(1).numpy(), classes)
 
 
-def draw_grid(path: Path, evaluation: Evaluation, pipelines: dict[str, tuple[StableDiffusionPipeline, float | None]]):
-    """Rows: prompts; blocks: models; the same seeds in each; copies framed. Returns the samples of each block."""
+def make_evaluator(seed: int, num_forget_samples: int, num_digit_samples: int) -> Evaluator:
+    """Return what measures every model: samples of the memorized prompt, and samples of the ten digit prompts.
+
+    Copies are told by pixels alone, so that models can be measured without the base.
+    """
+    classifier, keep = digit_classifier(), as_tensor(flower_images())
+
+    def class_probabilities(images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(classifier.predict_proba(images.mean(1).flatten(1).numpy()))
+
+    data = EvaluationData(
+        forget=as_tensor(memorized_image()[None]),
+        keep=keep,
+        prompts=(FLOWER_CAPTION,),
+        forget_prompts=torch.zeros(1, dtype=torch.long),
+        keep_prompts=torch.zeros(len(keep), dtype=torch.long),
+        ordinary_prompts=DIGIT_CAPTIONS,
+        prompt_classes={caption: number for number, caption in enumerate(DIGIT_CAPTIONS)},
+    )
+    settings = EvaluationSettings(
+        num_samples=num_forget_samples,
+        num_ordinary_samples=num_digit_samples,
+        guidance_scale=GUIDANCE_SCALE,
+        batch_size=64,
+        seed=seed,
+        use_clusters=False,
+    )
+    family = StableDiffusion.from_source(NamedPipeline(str(MODEL)))
+    return Evaluator(family, data, settings, Networks(class_probabilities=class_probabilities))
+
+
+def draw_grid(path: Path, models: dict[str, tuple[MeasuredModel, float | None]]) -> dict[str, torch.Tensor]:
+    """Draw samples of several prompts, a row each, in a block for each model; copies are framed.
+
+    Args:
+        models: each with the scale of its adapter, by the title of the block.
+
+    Returns:
+        The samples of each block. They have the same seeds.
+    """
     prompts = [caption for caption in SHOWN_CAPTIONS for _ in range(COLUMNS)]
-    figure, axes = plt.subplots(len(pipelines), 1, figsize=(6.4, 2.6 * len(pipelines)), layout="constrained")
+    figure, axes = plt.subplots(len(models), 1, figsize=(6.4, 2.6 * len(models)), layout="constrained")
     blocks = {}
-    for axis, (name, (pipeline, scale)) in zip(axes, pipelines.items()):
+    for axis, (title, (model, scale)) in zip(axes, models.items()):
         if scale is not None:
-            pipeline.set_adapters(pipeline.get_active_adapters(), scale)
-        blocks[name] = evaluation.samples(pipeline, prompts)
-        copies = evaluation.detectors.flags(blocks[name])["any"].tolist()
-        axis.imshow(frame_copies(blocks[name], copies, COLUMNS, scale=2).permute(1, 2, 0).numpy())
-        axis.set_title(name, fontsize=9)
+            model.pipeline.set_adapters(model.pipeline.get_active_adapters(), scale)
+        blocks[title], _ = model.sample(prompts, len(prompts))
+        copies = model.detectors.flags(blocks[title])["any"].tolist()
+        axis.imshow(frame_copies(blocks[title], copies, COLUMNS, scale=2).permute(1, 2, 0).numpy())
+        axis.set_title(title, fontsize=9)
         axis.axis("off")
     figure.savefig(path, dpi=150)
     return blocks
@@ -195,15 +180,11 @@ def main() -> None:
     }
     train_seconds = launch("train_siss_sd.py", flags | SETTINGS)
 
-    evaluation = Evaluation(args)
-    base, unlearned = load_pipeline(), load_pipeline(adapter)
-    metrics = {
-        name: evaluation.measure(pipeline, name) | dict.fromkeys(NOT_COMPUTED)
-        for name, pipeline in (("base", base), ("unlearned", unlearned))
-    }
+    evaluator = make_evaluator(args.seed, args.num_forget_samples, args.num_digit_samples)
+    evaluation = evaluator.evaluate({"base": load_pipeline, "unlearned": lambda: load_pipeline(adapter)})
+    base, unlearned = evaluator.model("base", load_pipeline()), evaluator.model("unlearned", load_pipeline(adapter))
     blocks = draw_grid(
         args.output_dir / "before_after.png",
-        evaluation,
         {
             "base": (base, None),
             "adapter at scale 1": (unlearned, 1.0),
@@ -212,38 +193,39 @@ def main() -> None:
         },
     )
     same_at_scale_0 = blocks["base"].equal(blocks["adapter at scale 0"])
-
-    curve_prompts = [FLOWER_CAPTION] * args.num_curve_samples
-    curve = [(0, evaluation.forgetting(evaluation.samples(base, curve_prompts)))]
-    for checkpoint in list_checkpoints(adapter):
-        step = int(checkpoint.name.rpartition("-")[2])
-        images = evaluation.samples(load_pipeline(checkpoint), curve_prompts, f"Memorized prompt, step {step}")
-        curve.append((step, evaluation.forgetting(images)))
+    curve = forgetting_curve(evaluator, adapter, args.num_curve_samples)
     log = [json.loads(line) for line in (adapter / "train_log.jsonl").read_text().splitlines()]
     plot_forgetting(args.output_dir / "forgetting.png", curve, log)
 
     seconds = time.perf_counter() - started
-    write_json(
-        args.output_dir / "evaluation.json",
-        metrics
-        | {
-            "settings": {
-                "prompts": "one memorized, ten ordinary",
-                "num_inference_steps": 50,
-                "guidance_scale": GUIDANCE_SCALE,
-                "seed": args.seed,
-                "num_digit_samples": args.num_digit_samples,
-                "training": SETTINGS,
-                "train_seconds": train_seconds,
-                "seconds": seconds,
-                "adapter_at_scale_0_is_the_base_bit_for_bit": same_at_scale_0,
-                "curve": [{"step": step, **point} for step, point in curve],
-                "skipped": NOT_COMPUTED,
-            }
-        },
-    )
+    settings = {
+        "prompts": "one memorized, ten ordinary",
+        "num_digit_samples": args.num_digit_samples,
+        "training": SETTINGS,
+        "train_seconds": train_seconds,
+        "seconds": seconds,
+        "adapter_at_scale_0_is_the_base_bit_for_bit": same_at_scale_0,
+        "curve": [{"step": step, **point} for step, point in curve],
+    }
+    write_json(args.output_dir / "evaluation.json", evaluation.results | {"settings": evaluation.settings | settings})
+    print_table(evaluation.results, args, same_at_scale_0)
+    print(f"\n{seconds:.0f} s, {train_seconds:.0f} s of them the training; pictures in {args.output_dir}")
+    print("From a list of prompts to the proof, with a report: make demo-audit")
 
-    first, last = metrics["base"], metrics["unlearned"]
+
+def forgetting_curve(evaluator: Evaluator, adapter: Path, num_samples: int) -> list[tuple[int, dict]]:
+    """Measure the base and every checkpoint by a few samples; return the figures with the number of steps."""
+    pipelines = {0: None} | {int(path.name.rpartition("-")[2]): path for path in list_checkpoints(adapter)}
+    curve = []
+    for step, checkpoint in pipelines.items():
+        model = evaluator.model(f"step {step}", load_pipeline(checkpoint), num_samples=num_samples)
+        figures, reasons = measure(model, CURVE_METRICS)
+        curve.append((step, figures | dict.fromkeys(reasons)))
+    return curve
+
+
+def print_table(results: dict[str, dict], args: argparse.Namespace, same_at_scale_0: bool) -> None:
+    """Print the figures of the base and of the unlearned model."""
 
     def share(point: dict) -> str:
         low, high = 100 * point["copy_share_low"], 100 * point["copy_share_high"]
@@ -257,6 +239,7 @@ def main() -> None:
         value = point["others_sharpness"]
         return "-" if value is None else f"{value:.2f}"
 
+    first, last = results["base"], results["unlearned"]
     rows = [
         ("", "base", "unlearned"),
         (f"copies, of {first['samples']} for the memorized prompt", share(first), share(last)),
@@ -271,8 +254,6 @@ def main() -> None:
     print()
     for row in rows:
         print(f"{row[0]:50} {row[1]:>22} {row[2]:>22}")
-    print(f"\n{seconds:.0f} s, {train_seconds:.0f} s of them the training; pictures in {args.output_dir}")
-    print("From a list of prompts to the proof, with a report: make demo-audit")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import argparse
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -19,15 +20,13 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from launching import launch
 from sklearn.neural_network import MLPClassifier
-from torchvision.io import write_png
 
 import siss_diffusers
-from siss_diffusers import GaussianPath
 from siss_diffusers.assets.digits import digit_images, garment_image, write_training_folder
-from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, frame_copies
-from siss_diffusers.metrics.inception_score import inception_score
-from siss_diffusers.metrics.likelihood import bits_per_dimension
-from siss_diffusers.metrics.sampling import sample_images
+from siss_diffusers.evaluation import EvaluationData, EvaluationSettings, Evaluator, Networks, measure
+from siss_diffusers.families import NamedPipeline, Unconditional
+from siss_diffusers.metrics import METRICS
+from siss_diffusers.metrics.pictures import save_grid
 from siss_diffusers.storage.checkpoints import list_checkpoints
 from siss_diffusers.storage.files import write_json
 from siss_diffusers.storage.tensors import load_state
@@ -47,14 +46,7 @@ SETTINGS = {
     "--train_batch_size": "64",
     "--learning_rate": "1e-4",
 }
-NOT_COMPUTED = {
-    "classifier_accuracy": "the model is unconditional: no class is asked for",
-    "fid": "needs the weights of an Inception network, which this demo does not download",
-    "kid": "needs the weights of an Inception network, which this demo does not download",
-    "sscd_forget": "needs the weights of SSCD, and pictures larger than 8x8",
-    "clip_iqa": "needs the weights of CLIP, and pictures larger than 8x8",
-    "text_noise_norm": "the model is unconditional: there is no text",
-}
+CURVE_METRICS = [METRICS["copy_share"], METRICS["inception_score"]]
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,44 +63,48 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Evaluation:
-    """The digit classifier, the copy detectors and the pictures to compare with."""
+def make_evaluator(seed: int, num_samples: int, num_keep_images: int) -> Evaluator:
+    """Return what measures every model by its samples, and by the likelihood of the garment and of some digits.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        digits, classes = digit_images()
-        self.classifier = MLPClassifier((128,), random_state=0, max_iter=60).fit(digits.reshape(-1, 64) / 255, classes)
-        self.keep = torch.from_numpy(digits).unsqueeze(1) / 255
-        self.forget = torch.from_numpy(garment_image())[None, None] / 255
-        self.detectors = CopyDetectors.calibrated(self.forget, self.keep)
+    Copies are told by pixels alone, so that models can be measured without the base.
+    """
+    digits, classes = digit_images()
+    classifier = MLPClassifier((128,), random_state=0, max_iter=60).fit(digits.reshape(-1, 64) / 255, classes)
+    # The likelihood is computed of the first ones.
+    chosen = np.random.default_rng(seed).choice(len(digits), num_keep_images, replace=False)
+    digits = np.concatenate([digits[chosen], np.delete(digits, chosen, axis=0)])
+    data = EvaluationData.without_prompts(
+        forget=torch.from_numpy(garment_image())[None, None] / 255,
+        keep=torch.from_numpy(digits).unsqueeze(1) / 255,
+    )
 
-    def samples(self, unet: UNet2DModel, scheduler, num_samples: int, progress: str) -> torch.Tensor:
-        """Samples of the same seeds for every model."""
-        unet = unet.to(memory_format=torch.channels_last)  # faster on a CPU
-        return sample_images(unet, scheduler, num_samples, seed=self.args.seed, progress=progress)
+    def class_probabilities(images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(classifier.predict_proba(images.flatten(1).numpy()))
 
-    def statistics(self, images: torch.Tensor) -> dict:
-        """Copies, and the inception score of what is no copy."""
-        flags = self.detectors.flags(images)
-        others = images[~flags["any"]]
-        probabilities = self.classifier.predict_proba(others.flatten(1).numpy())
-        score, spread = inception_score(torch.from_numpy(probabilities))
-        return copy_statistics(flags) | {"inception_score": score, "inception_score_std": spread}
+    settings = EvaluationSettings(
+        num_samples=num_samples,
+        batch_size=256,
+        seed=seed,
+        num_likelihood_images=num_keep_images,
+        use_clusters=False,
+    )
+    family = Unconditional.from_source(NamedPipeline(str(MODEL)))
+    return Evaluator(family, data, settings, Networks(class_probabilities=class_probabilities))
 
-    def likelihoods(self, unet: UNet2DModel, scheduler) -> dict[str, float]:
-        chosen = np.random.default_rng(self.args.seed).choice(len(self.keep), self.args.num_keep_images, replace=False)
-        images = torch.cat([self.forget, self.keep[torch.from_numpy(chosen)]])
-        bits = bits_per_dimension(
-            images,
-            GaussianPath.from_scheduler(scheduler),
-            lambda noisy, timesteps: unet(noisy, timesteps).sample,
-            seed=self.args.seed,
-        )
-        return {"nll_forget_bpd": bits[0].item(), "nll_keep_bpd": bits[1:].mean().item()}
+
+def load_pipeline(folder: Path) -> DDPMPipeline:
+    """Load a pipeline."""
+    return faster(DDPMPipeline.from_pretrained(folder))
+
+
+def faster(pipeline: DDPMPipeline) -> DDPMPipeline:
+    """Return the pipeline in the layout of memory that is faster on a CPU."""
+    pipeline.unet.to(memory_format=torch.channels_last)
+    return pipeline
 
 
 def averaged_unet(checkpoint: Path) -> UNet2DModel:
-    """The model that the run would have saved, had it ended there."""
+    """Load the model that the run would have saved if it had ended there."""
     unet = UNet2DModel.from_pretrained(checkpoint / "unet")
     averages = load_state(checkpoint)["ema"]["shadow_params"]
     for parameter, average in zip(unet.parameters(), averages, strict=True):
@@ -154,53 +150,56 @@ def main() -> None:
     }
     train_seconds = launch("train_siss_unconditional.py", flags)
 
-    evaluation = Evaluation(args)
-    base = DDPMPipeline.from_pretrained(MODEL)
-    unlearned = DDPMPipeline.from_pretrained(args.output_dir / "model")
-    images, metrics = {}, {}
-    for name, pipeline in (("base", base), ("unlearned", unlearned)):
-        images[name] = evaluation.samples(pipeline.unet, pipeline.scheduler, args.num_samples, f"Samples, {name}")
-        likelihoods = evaluation.likelihoods(pipeline.unet, pipeline.scheduler)
-        metrics[name] = evaluation.statistics(images[name]) | likelihoods | dict.fromkeys(NOT_COMPUTED)
-
-    # The ends of the curve are there already: both models begin with the seeds of the curve.
-    curve_samples = min(args.num_curve_samples, args.num_samples)
-    points = {0: images["base"][:curve_samples], args.max_train_steps: images["unlearned"][:curve_samples]}
-    for checkpoint in list_checkpoints(args.output_dir / "model"):
-        step = int(checkpoint.name.rpartition("-")[2])
-        if step not in points:
-            points[step] = evaluation.samples(
-                averaged_unet(checkpoint), base.scheduler, curve_samples, f"Samples, step {step}"
-            )
-    curve = [(step, evaluation.statistics(points[step])) for step in sorted(points)]
+    evaluator = make_evaluator(args.seed, args.num_samples, args.num_keep_images)
+    folders = {"base": MODEL, "unlearned": args.output_dir / "model"}
+    evaluation = evaluator.evaluate({name: partial(load_pipeline, folder) for name, folder in folders.items()})
+    samples = {name: kinds["samples"] for name, kinds in evaluation.samples.items()}
+    curve = forgetting_curve(evaluator, args, samples)
 
     # The same seeds in both pictures.
     for name, picture in (("base", "before.png"), ("unlearned", "after.png")):
-        shown = images[name][:160]
-        grid = frame_copies(shown, evaluation.detectors.flags(shown)["any"].tolist(), columns=20)
-        write_png(grid, str(args.output_dir / picture))
+        shown = samples[name][:160]
+        save_grid(args.output_dir / picture, shown, evaluator.detectors.flags(shown)["any"].tolist(), columns=20)
     plot_forgetting(args.output_dir / "forgetting.png", curve)
     settings = {
-        "num_inference_steps": 50,
         "sampler": "DDIM",
-        "seed": args.seed,
-        "max_distance": evaluation.detectors.max_distance,
-        "min_correlation": evaluation.detectors.min_correlation,
         "keep_images_for_nll": args.num_keep_images,
         "curve": [{"step": step, **point} for step, point in curve],
-        "skipped": NOT_COMPUTED,
     }
-    write_json(args.output_dir / "evaluation.json", {**metrics, "settings": settings})
-    print_table(metrics, args, train_seconds, time.perf_counter() - started)
+    write_json(args.output_dir / "evaluation.json", evaluation.results | {"settings": evaluation.settings | settings})
+    print_table(evaluation.results, args, train_seconds, time.perf_counter() - started)
 
 
-def print_table(metrics: dict, args: argparse.Namespace, train_seconds: float, seconds: float) -> None:
+def forgetting_curve(
+    evaluator: Evaluator, args: argparse.Namespace, samples: dict[str, torch.Tensor]
+) -> list[tuple[int, dict]]:
+    """Measure the base, every checkpoint and the result by a few samples; return the figures with the steps.
+
+    Args:
+        samples: those of the base and of the result, which begin with the seeds of the curve.
+    """
+    base = load_pipeline(MODEL)
+    count = min(args.num_curve_samples, args.num_samples)
+    models = {step: evaluator.model(f"step {step}", base) for step in (0, args.max_train_steps)}
+    models[0].samples = samples["base"][:count]
+    models[args.max_train_steps].samples = samples["unlearned"][:count]
+    for checkpoint in list_checkpoints(args.output_dir / "model"):
+        step = int(checkpoint.name.rpartition("-")[2])
+        if step not in models:
+            pipeline = faster(DDPMPipeline(averaged_unet(checkpoint), base.scheduler))
+            models[step] = evaluator.model(f"step {step}", pipeline, num_samples=count)
+    return [(step, measure(models[step], CURVE_METRICS)[0]) for step in sorted(models)]
+
+
+def print_table(results: dict, args: argparse.Namespace, train_seconds: float, seconds: float) -> None:
+    """Print the figures of the base and of the unlearned model."""
+
     def copies(model: dict) -> str:
         low, high = 100 * model["copy_share_low"], 100 * model["copy_share_high"]
         return f"{100 * model['copy_share']:.2f} % [{low:.2f}, {high:.2f}]"
 
     settings = json.loads((args.output_dir / "model" / "unlearning.json").read_text())
-    base, unlearned = metrics["base"], metrics["unlearned"]
+    base, unlearned = results["base"], results["unlearned"]
     change = 100 * (unlearned["inception_score"] / base["inception_score"] - 1)
     rows = [
         ("", "base", "unlearned"),

@@ -1,3 +1,5 @@
+"""Run `siss` as `python -m siss_diffusers`."""
+
 from siss_diffusers.commands.cli import cli
 
 

@@ -49,4 +49,5 @@ def run(main: Callable[[], None], program: str) -> NoReturn:
 
 
 def program_name() -> str:
+    """Return the name of the file that is run."""
     return Path(sys.argv[0]).name

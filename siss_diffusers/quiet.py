@@ -1,6 +1,7 @@
 """Keeps libraries quiet while a program of this project runs. As a library, the package leaves all logging alone."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ def _is_worth_saying(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Drop the warning of bitsandbytes about its optional kernel, and nothing else, inside."""
+    """Drop the warning of bitsandbytes about its optional kernel, and nothing else, until exit."""
     logger = logging.getLogger(BITSANDBYTES_LOGGER)
     logger.addFilter(_is_worth_saying)
     try:
@@ -28,8 +29,8 @@ def quiet_imports() -> Iterator[None]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Hide inside what diffusers and transformers show while they load a model: warnings, and a progress bar for each
-    component. Progress bars of downloads stay."""
+    """Hide what diffusers and transformers show while they load a model: their warnings, and a progress bar for each
+    component. Progress bars of downloads stay. Everything is as before on exit."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -45,7 +46,10 @@ def quiet_loading() -> Iterator[None]:
     if shows_downloads:
         enable_progress_bars()  # transformers has disabled those as well
     try:
-        yield
+        with warnings.catch_warnings():
+            # diffusers passes it for every model on the Hub, and huggingface_hub warns that it has no effect.
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
+            yield
     finally:
         for library, verbosity, shows_progress in before:
             library.set_verbosity(verbosity)

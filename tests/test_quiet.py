@@ -1,5 +1,7 @@
 import logging
 
+import pytest
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging as transformers_logging
@@ -35,3 +37,9 @@ def test_loading_is_quiet_inside_and_as_before_outside():
         assert not are_progress_bars_disabled()  # of downloads
     assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
     assert not are_progress_bars_disabled()
+
+
+def test_the_configuration_of_a_model_on_the_hub_is_read_without_a_warning(recwarn):
+    with quiet_loading(), pytest.raises(OSError):
+        DiffusionPipeline.load_config("nobody/no-such-model", local_files_only=True)
+    assert not [warning for warning in recwarn.list if "local_dir_use_symlinks" in str(warning.message)]

@@ -6,12 +6,12 @@ from problem import Classifier, Problem
 from torch import Tensor
 
 from siss_diffusers import GaussianPath
+from siss_diffusers.families import Conditions, Sampling, Unconditional
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
 from siss_diffusers.metrics.distribution import frechet_distance, kernel_distance
 from siss_diffusers.metrics.inception_score import inception_score
 from siss_diffusers.metrics.injection import denoised_injections
 from siss_diffusers.metrics.likelihood import bits_per_dimension
-from siss_diffusers.metrics.sampling import sample_images
 from siss_diffusers.noising import mean_squared_error
 
 
@@ -41,14 +41,9 @@ class Measurement:
         return self.of_samples(images) | self.of_network(pipeline)
 
     def samples(self, pipeline: DDPMPipeline, num_samples: int, seed: int) -> Tensor:
-        return sample_images(
-            pipeline.unet,
-            pipeline.scheduler,
-            num_samples,
-            seed=1_000_000 * (1 + seed),
-            num_inference_steps=self.num_inference_steps,
-            batch_size=BATCH_SIZE,
-        )
+        family = Unconditional(pipeline.unet.config.in_channels, pipeline.unet.config.sample_size)
+        sampling = Sampling(self.num_inference_steps, batch_size=BATCH_SIZE, seed=1_000_000 * (1 + seed))
+        return family.sample(pipeline, Conditions({}, num_samples), None, sampling)
 
     def of_samples(self, images: Tensor) -> dict:
         """Copies, and what the others are like."""

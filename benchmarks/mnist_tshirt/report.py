@@ -198,7 +198,7 @@ def grouped_table(lines: dict[str, Line], stage: str) -> str:
 
 
 def summary_table(lines: dict[str, Line]) -> str:
-    """Means only, for the project's README: each method by itself with the paper's budget and averaged weights."""
+    """Means only, for benchmarks/README.md: each method by itself with the paper's budget and averaged weights."""
     rows = reference_rows(lines)
     found = groups(lines, "twice")
     for variant, settings in LONGER["twice"][1].items():

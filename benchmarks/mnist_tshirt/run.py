@@ -55,7 +55,6 @@ from settings import (
     forget_ranges,
 )
 from step_cost import FREE_AT_ONCE, measure_peak
-from torchvision.io import write_png
 
 import train_siss_unconditional
 from siss_diffusers import METHODS, Query, Rows
@@ -63,7 +62,7 @@ from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS
 from siss_diffusers.errors import UsageError
 from siss_diffusers.hub.contents import weights_digest
 from siss_diffusers.methods import SISS
-from siss_diffusers.metrics.copies import frame_copies
+from siss_diffusers.metrics.pictures import save_grid
 from siss_diffusers.parsing import positive_int
 from siss_diffusers.process import run
 
@@ -352,9 +351,9 @@ class Experiment:
         pipeline = self.load(folder)
         images = self.measurement.samples(pipeline, num_samples, seed)
         shown = images[:PICTURES]
-        grid = frame_copies(shown, self.measurement.detectors.flags(shown)["any"].tolist(), columns=20, scale=2)
         (self.args.folder / "pictures").mkdir(exist_ok=True)
-        write_png(grid, str(self.args.folder / "pictures" / f"{name}.png"))
+        copies = self.measurement.detectors.flags(shown)["any"].tolist()
+        save_grid(self.args.folder / "pictures" / f"{name}.png", shown, copies, columns=20, scale=2)
         return self.measurement.of_samples(images) | self.measurement.of_network(pipeline)
 
     def cost(self, variant: str, flags: Setting) -> Task:

@@ -106,19 +106,8 @@ def train_unet(
     ema.copy_to(parameters)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    pictures, captions, memorized = captioned_images()
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    images = images.to(device, memory_format=torch.channels_last)
-    prompts = torch.tensor([1 + CAPTIONS.index(caption) for caption in captions], device=device)
-
-    tokenizer = make_tokenizer(CAPTIONS)
-    token_ids = tokenizer(["", *CAPTIONS], padding="max_length", truncation=True, return_tensors="pt").input_ids
+def make_networks(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, AutoencoderKL, UNet2DConditionModel]:
+    """Make the networks, with random weights drawn from torch's global generator."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -152,6 +141,23 @@ def main(argv: list[str] | None = None) -> None:
         attention_head_dim=2,
         norm_num_groups=8,
     )
+    return text_encoder, vae, unet
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    pictures, captions, memorized = captioned_images()
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = images.to(device, memory_format=torch.channels_last)
+    prompts = torch.tensor([1 + CAPTIONS.index(caption) for caption in captions], device=device)
+
+    tokenizer = make_tokenizer(CAPTIONS)
+    token_ids = tokenizer(["", *CAPTIONS], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    text_encoder, vae, unet = make_networks(tokenizer)
     # Stable Diffusion's noise.
     noise_scheduler = DDPMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1

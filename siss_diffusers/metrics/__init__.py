@@ -1,207 +1,61 @@
-"""Figures about a model before and after. A metric is one file here and one line in `METRICS`."""
+"""Figures about a model before and after. A metric is one file here and one line in `METRICS` or `PROBES`.
 
-from siss_diffusers.metrics.base import Metric, Skip
-from siss_diffusers.metrics.formats import four_digits, percent, short_number
+The order is that of tables.
+"""
 
-
-def _not_moved_yet(model) -> dict:
-    raise Skip("not moved into the new layout yet")
+from siss_diffusers.metrics import (
+    accuracy,
+    clip,
+    copies,
+    distribution,
+    drift,
+    features,
+    inception_score,
+    injection,
+    likelihood,
+    noise_norm,
+    relearning,
+    sharpness,
+    variations,
+)
+from siss_diffusers.metrics.base import Entry, Metric, Probe, Skip
 
 
 METRICS: dict[str, Metric] = {
     metric.key: metric
     for metric in (
-        Metric(
-            key="samples",
-            label="Samples",
-            explanation="Pictures drawn from each model to count copies in. The more, the narrower the interval.",
-            measure=_not_moved_yet,
-            format=short_number,
-            better=None,
-            chapter="copies",
-        ),
-        Metric(
-            key="copy_share",
-            label="Copies",
-            explanation="Share of the samples that any detector flags as a copy of a forgotten image, with its 95 % interval. Lower is better.",
-            measure=_not_moved_yet,
-            format=percent,
-            better="lower",
-            chapter="copies",
-        ),
-        Metric(
-            key="others",
-            label="Samples that are no copies",
-            explanation="What the next figures are taken from.",
-            measure=_not_moved_yet,
-            format=short_number,
-            better=None,
-            chapter="instead",
-        ),
-        Metric(
-            key="others_distance_to_keep",
-            label="Distance of these to images to keep",
-            explanation="Median pixel distance of a sample that is no copy to the nearest image to keep. Lower is better: something like the data comes instead; far above the base points to noise or broken pictures.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="lower",
-            chapter="instead",
-        ),
-        Metric(
-            key="others_sharpness",
-            label="Sharpness of these",
-            explanation="Fine detail relative to the images to keep. Near 1 is best: blur and flat pictures have less, noise more.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="near 1",
-            chapter="instead",
-        ),
-        Metric(
-            key="drift",
-            label="Drift of ordinary samples",
-            explanation="Median distance of a sample from the base's of the same seed, relative to its contrast; of those that were no copies. Lower is better: 0 is the same picture, about 1.4 an unrelated one.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="lower",
-            chapter="rest",
-        ),
-        Metric(
-            key="ordinary_copy_share",
-            label="Copies under ordinary prompts",
-            explanation="Share of the samples of other prompts that a detector flags. Lower is better.",
-            measure=_not_moved_yet,
-            format=percent,
-            better="lower",
-            chapter="copies",
-        ),
-        Metric(
-            key="classifier_accuracy",
-            label="Classifier accuracy",
-            explanation="Share of the samples in which a classifier sees what the prompt asks for. Higher is better.",
-            measure=_not_moved_yet,
-            format=percent,
-            better="higher",
-            chapter="rest",
-        ),
-        Metric(
-            key="inception_score",
-            label="Inception score",
-            explanation="How distinct and how varied a classifier finds the samples, copies removed. Higher is better; compare with the base only.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="higher",
-            chapter="rest",
-            spread="inception_score_std",
-        ),
-        Metric(
-            key="fid",
-            label="FID",
-            explanation="Distance between the samples and the data in a network's features; depends on the number of samples. Lower is better.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="lower",
-            chapter="rest",
-        ),
-        Metric(
-            key="kid",
-            label="KID",
-            explanation="Such a distance that does not depend on the number of samples; may fall a little below 0. Lower is better.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="lower",
-            chapter="rest",
-        ),
-        Metric(
-            key="precision",
-            label="Precision",
-            explanation="Share of the samples that look like the data. Higher is better.",
-            measure=_not_moved_yet,
-            format=percent,
-            better="higher",
-            chapter="rest",
-        ),
-        Metric(
-            key="recall",
-            label="Recall",
-            explanation="Share of the data that the samples reach. Higher is better.",
-            measure=_not_moved_yet,
-            format=percent,
-            better="higher",
-            chapter="rest",
-        ),
-        Metric(
-            key="density",
-            label="Density",
-            explanation="How close the samples lie to the data; may exceed 1. Higher is better.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="higher",
-            chapter="rest",
-        ),
-        Metric(
-            key="coverage",
-            label="Coverage",
-            explanation="Share of the data that has a sample close to it. Higher is better.",
-            measure=_not_moved_yet,
-            format=percent,
-            better="higher",
-            chapter="rest",
-        ),
-        Metric(
-            key="nll_forget_bpd",
-            label="Code length of forgotten images",
-            explanation="Bits per dimension (negative log-likelihood). Higher is better, up to what unseen images take, about the next row; far more than that would itself give the images away.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better=None,
-            chapter="memory",
-        ),
-        Metric(
-            key="nll_keep_bpd",
-            label="Code length of images to keep",
-            explanation="Bits per dimension (negative log-likelihood). Lower is better; it should stay where the base has it.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="lower",
-            chapter="rest",
-        ),
-        Metric(
-            key="sscd_forget",
-            label="Similarity to forgotten images",
-            explanation="Mean over the samples of the highest cosine with a forgotten image, in the features of a copy detector. Lower is better.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="lower",
-            chapter="memory",
-        ),
-        Metric(
-            key="clip_iqa",
-            label="CLIP-IQA",
-            explanation="Quality of the pictures as CLIP rates it. Higher is better.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="higher",
-            chapter="rest",
-        ),
-        Metric(
-            key="clip_score",
-            label="CLIP score",
-            explanation="How well the pictures fit their prompts. Higher is better.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="higher",
-            chapter="rest",
-        ),
-        Metric(
-            key="text_noise_norm",
-            label="Text-conditional noise norm",
-            explanation="How hard the memorized prompt pulls; large where a model recalls an image. Lower is better.",
-            measure=_not_moved_yet,
-            format=four_digits,
-            better="lower",
-            chapter="memory",
-        ),
+        copies.SAMPLES,
+        copies.COPY_SHARE,
+        copies.OTHERS,
+        copies.OTHERS_DISTANCE_TO_KEEP,
+        sharpness.OTHERS_SHARPNESS,
+        drift.DRIFT,
+        copies.ORDINARY_COPY_SHARE,
+        accuracy.CLASSIFIER_ACCURACY,
+        inception_score.INCEPTION_SCORE,
+        distribution.FID,
+        distribution.KID,
+        distribution.PRECISION,
+        distribution.RECALL,
+        distribution.DENSITY,
+        distribution.COVERAGE,
+        likelihood.NLL_FORGET_BPD,
+        likelihood.NLL_KEEP_BPD,
+        features.SSCD_FORGET,
+        clip.CLIP_IQA,
+        clip.CLIP_SCORE,
+        noise_norm.TEXT_NOISE_NORM,
     )
 }
 
-__all__ = ["METRICS", "Metric", "Skip"]
+PROBES: dict[str, Probe] = {
+    probe.key: probe
+    for probe in (
+        injection.INJECTION,
+        variations.PARAPHRASES,
+        variations.PROMPT_NOISE,
+        relearning.RELEARNING,
+    )
+}
+
+__all__ = ["METRICS", "PROBES", "Entry", "Metric", "Probe", "Skip"]

@@ -8,13 +8,14 @@ from torch import Tensor
 
 
 def split_clusters(features: Tensor, num_clusters: int, seed: int = 0) -> tuple[Tensor, float | None]:
-    """k-means: labels `(N,)` and the silhouette (Rousseeuw, 1987), in [-1, 1], high where the clusters stand apart.
+    """Split features by k-means; return labels `(N,)` and the silhouette (Rousseeuw, 1987).
 
-    Fewer distinct features than `num_clusters` make fewer clusters. Where there is nothing to split, because all
-    features are equal or there are no more of them than `num_clusters`, all labels are 0 and the silhouette is None.
+    The silhouette lies in [-1, 1] and is high where the clusters stand apart. Fewer distinct features than
+    `num_clusters` make fewer clusters. If all features are equal, or there are no more of them than `num_clusters`,
+    there is nothing to split: all labels are 0 and the silhouette is None.
 
     Args:
-        features: `(N, D)`, finite; normalise them first where the network compares by cosine.
+        features: `(N, D)`, finite; normalise them first if the network compares by cosine.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -26,17 +27,17 @@ def split_clusters(features: Tensor, num_clusters: int, seed: int = 0) -> tuple[
     with warnings.catch_warnings():
         # A model that memorised an image gives duplicates of it, which k-means cannot split, and it warns of that.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(points)
-    # What is closer than rounding may leave clusters without a member: number the others from 0.
-    labels = torch.from_numpy(found).long().unique(return_inverse=True)[1]
+        assigned = KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(points)
+    # Points closer than rounding may leave clusters without a member: number the others from 0.
+    labels = torch.from_numpy(assigned).long().unique(return_inverse=True)[1]
     return labels, float(silhouette_score(points, labels.numpy())) if labels.any() else None
 
 
 def memorized_cluster(features: Tensor, labels: Tensor, reference: Tensor | None = None) -> int:
-    """The label of the cluster of copies.
+    """Return the label of the cluster of copies.
 
-    With a `reference`, the cluster whose centre is nearest to it. Without, the tightest one: copies are alike, other
-    pictures are not. A cluster of one is tight by definition and counts only where there is no other.
+    With a `reference` it is the cluster whose centre is nearest to it. Without one it is the tightest cluster: copies
+    are alike, other pictures are not. A cluster of one is tight by definition and counts only if there is no other.
 
     Args:
         features: `(N, D)`, N at least 1.
@@ -53,9 +54,10 @@ def memorized_cluster(features: Tensor, labels: Tensor, reference: Tensor | None
 
 @dataclass(frozen=True)
 class CopyCluster:
-    """The paper's copy detector: a sample is a copy if the centre nearest to it is the memorised cluster's. Here it must
-    be no farther from it than half of the way to the other centre: what is like neither cluster, such as the noise
-    of a ruined model, would else count as a copy half of the time.
+    """The paper's copy detector: a sample is a copy if the centre nearest to it is that of the memorised cluster.
+
+    Here a copy must also lie within half of the distance of the two centres. Otherwise a sample that resembles neither
+    cluster, such as the noise of a ruined model, would count as a copy half of the time.
 
     Args:
         centers: `(K, D)`, of k-means on samples of the model that memorised the image.
@@ -69,8 +71,8 @@ class CopyCluster:
 
     @classmethod
     def fit(cls, features: Tensor, references: Tensor, seed: int = 0) -> "CopyCluster | None":
-        """Two clusters of samples `(N, D)`; None where they cannot be split, or where the memorised images `(R, D)` are
-        not all in one."""
+        """Split samples `(N, D)` into two clusters; return None if they cannot be split, or if the memorised images
+        `(R, D)` are not all in one cluster."""
         labels, silhouette = split_clusters(features, 2, seed)
         if silhouette is None:
             return None
@@ -81,7 +83,7 @@ class CopyCluster:
         return cls(centers, memorized.pop(), silhouette)
 
     def flags(self, features: Tensor) -> Tensor:
-        """`(N, D)` to `(N,)` bool."""
+        """Return which features `(N, D)` are those of copies, `(N,)` bool."""
         # The ball about the memorised centre that touches the other cluster's half space lies in its own.
         radius = (self.centers[0] - self.centers[1]).norm() / 2
         return (features - self.centers[self.memorized]).norm(dim=1) < radius

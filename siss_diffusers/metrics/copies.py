@@ -1,28 +1,44 @@
 """Which samples are copies of a forget image: a damaged copy is still a copy, so any detector may flag it."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siss_diffusers.metrics.base import NO_PROMPTS, Metric, Skip, not_empty
+from siss_diffusers.metrics.formats import four_digits, percent, short_number
+
+
+if TYPE_CHECKING:
+    from siss_diffusers.evaluation.model import MeasuredModel
 
 # Samples are compared with the forget images at this size at most, which a copy's small shifts and blurs survive.
 DETECTOR_SIZE = 64
 # Thresholds are calibrated on at most this many of the images to keep.
 MAX_KEEP_IMAGES = 2_000
 
+# What makes each detector flag a sample, for people. Keys as in `evaluation.json`.
+DETECTORS = {
+    "pixel_l2": "The pixels are nearer to a forgotten image than a threshold",
+    "correlation": "The picture correlates with a forgotten image, whatever its brightness and contrast",
+    "network": "A copy-detection network finds the picture similar to a forgotten image",
+    "sscd": "The copy-detection network SSCD finds the picture similar to a forgotten image",
+    "cluster": "The picture falls into the base's cluster of copies",
+    "any": "At least one detector flags the picture. The report calls such a picture a copy",
+}
+
 
 def for_detectors(images: Tensor) -> Tensor:
-    """Images `(N, C, H, W)` at the size at which copies are looked for."""
+    """Return images `(N, C, H, W)` at the size at which copies are looked for; small ones as they are."""
     size = min(DETECTOR_SIZE, images.shape[-1])
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def pixel_l2(samples: Tensor, references: Tensor) -> Tensor:
-    """Distance to the nearest reference, `(N,)`: the T-shirt rule of the SISS paper. Pixels in [0, 1].
+    """Return the distance to the nearest reference, `(N,)`: the T-shirt rule of the SISS paper. Pixels in [0, 1].
 
     Args:
         samples: `(N, C, H, W)`.
@@ -35,15 +51,18 @@ def pixel_l2(samples: Tensor, references: Tensor) -> Tensor:
 
 
 def correlation(samples: Tensor, references: Tensor, max_shift: int = 1) -> Tensor:
-    """Highest zero-mean normalised correlation with any reference moved by up to `max_shift` pixels, `(N,)` in [-1, 1].
+    """Return the highest zero-mean normalised correlation with any reference moved by up to `max_shift` pixels.
 
-    Indifferent to brightness and contrast, and little moved by noise, blur and small translations, which all defeat
-    a pixel distance. Taken in colour and in grey, so that burnt colours do not hide a copy either. A flat
+    Brightness and contrast do not change it, and noise, blur and small translations change it little. All of these
+    defeat a pixel distance. It is taken in colour and in grey, so that burnt colours do not hide a copy either. A flat
     sample correlates with nothing: 0.
 
     Args:
         samples: `(N, C, H, W)`.
         references: `(K, C, H, W)`.
+
+    Returns:
+        `(N,)` in [-1, 1].
     """
     height, width = references.shape[-2:]
     padded = F.pad(references, (max_shift,) * 4, mode="replicate")
@@ -64,10 +83,10 @@ def correlation(samples: Tensor, references: Tensor, max_shift: int = 1) -> Tens
 
 @dataclass(frozen=True)
 class CopyDetectors:
-    """Pixel L2 and correlation with thresholds for one forget set; by `calibrated`, never by hand.
+    """Pixel L2 and correlation with thresholds for one forget set; made by `calibrated`.
 
     Args:
-        references: the forget images, `(K, C, H, W)` in [0, 1].
+        references: the forget images, `(K, C, H, W)` in [0, 1], at the size of `for_detectors`.
         max_distance: a sample nearer than this is a copy.
         min_correlation: a sample that correlates more than this is a copy.
     """
@@ -78,8 +97,15 @@ class CopyDetectors:
 
     @classmethod
     def calibrated(cls, references: Tensor, keep: Tensor) -> "CopyDetectors":
-        """Thresholds halfway between a perfect copy and the keep image `(M, C, H, W)` that looks most like one, so that
-        no keep image is flagged and new pictures like them have room."""
+        """Return detectors with thresholds halfway between a perfect copy and the keep image that looks most like one.
+
+        So no keep image is flagged, and new pictures like them are not either.
+
+        Args:
+            references: the forget images, `(K, C, H, W)` in [0, 1].
+            keep: images to keep, `(M, C, H, W)` in [0, 1].
+        """
+        references, keep = for_detectors(references), for_detectors(keep)
         return cls(
             references=references,
             max_distance=pixel_l2(keep, references).min().item() / 2,
@@ -87,7 +113,8 @@ class CopyDetectors:
         )
 
     def flags(self, samples: Tensor) -> dict[str, Tensor]:
-        """For each detector which samples `(N, C, H, W)` in [0, 1] are copies, `(N,)` bool; `any` joins them."""
+        """Return for each detector which samples `(N, C, H, W)` in [0, 1] are copies, `(N,)` bool; `any` joins them."""
+        samples = for_detectors(samples)
         flags = {
             "pixel_l2": pixel_l2(samples, self.references) < self.max_distance,
             "correlation": correlation(samples, self.references) > self.min_correlation,
@@ -96,7 +123,7 @@ class CopyDetectors:
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson, JASA 1927), 95 % by default. (0, 1) without trials."""
+    """Return Wilson's score interval of a share (Wilson, JASA 1927), 95 % by default; (0, 1) without trials."""
     if trials == 0:
         return 0.0, 1.0
     share = successes / trials
@@ -108,7 +135,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
 
 
 def copy_statistics(flags: dict[str, Tensor]) -> dict[str, float | int | dict[str, float]]:
-    """The copy entries of `evaluation.json`, from `CopyDetectors.flags`."""
+    """Return the copy entries of `evaluation.json`, from `CopyDetectors.flags`."""
     copies, samples = int(flags["any"].sum()), len(flags["any"])
     low, high = wilson_interval(copies, samples)
     return {
@@ -120,14 +147,76 @@ def copy_statistics(flags: dict[str, Tensor]) -> dict[str, float | int | dict[st
     }
 
 
-def frame_copies(samples: Tensor, copies: Sequence[bool], columns: int, scale: int = 4) -> Tensor:
-    """A picture `(3, H, W)` uint8 of a grid of samples, the copies framed in red."""
-    samples = samples.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    tiles = F.pad((samples * 255).round().byte(), (2, 2, 2, 2), value=40)
-    red = torch.tensor([230, 40, 40], dtype=torch.uint8).reshape(3, 1)
-    for tile, is_copy in zip(tiles, copies):
-        if is_copy:
-            tile[:, :2] = tile[:, -2:] = red[..., None]
-            tile[:, :, :2] = tile[:, :, -2:] = red[..., None]
-    rows = tiles[: len(tiles) // columns * columns].unflatten(0, (-1, columns))
-    return rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+def _samples(model: "MeasuredModel") -> dict[str, int]:
+    return {"samples": len(model.samples)}
+
+
+def _copy_share(model: "MeasuredModel") -> dict[str, Any]:
+    return copy_statistics(model.flags)
+
+
+def _others(model: "MeasuredModel") -> dict[str, int]:
+    return {"others": len(model.others)}
+
+
+def _others_distance_to_keep(model: "MeasuredModel") -> dict[str, float]:
+    others = not_empty(model.others)
+    distance = pixel_l2(for_detectors(others), for_detectors(model.data.keep))
+    return {"others_distance_to_keep": distance.median().item()}
+
+
+def _ordinary_copy_share(model: "MeasuredModel") -> dict[str, float]:
+    if not model.family.has_prompts:
+        raise Skip(NO_PROMPTS)
+    return {"ordinary_copy_share": model.ordinary_copies.float().mean().item()}
+
+
+SAMPLES = Metric(
+    key="samples",
+    label="Samples",
+    explanation="Pictures drawn from each model to count copies in. The more, the narrower the interval.",
+    measure=_samples,
+    format=short_number,
+    chapter="copies",
+)
+COPY_SHARE = Metric(
+    key="copy_share",
+    label="Copies",
+    explanation=(
+        "Share of the samples that any detector flags as a copy of a forgotten image, with its 95 % interval. Lower is"
+        " better."
+    ),
+    measure=_copy_share,
+    format=percent,
+    better="lower",
+    chapter="copies",
+)
+OTHERS = Metric(
+    key="others",
+    label="Samples that are no copies",
+    explanation="What the next figures are taken from.",
+    measure=_others,
+    format=short_number,
+    chapter="instead",
+)
+OTHERS_DISTANCE_TO_KEEP = Metric(
+    key="others_distance_to_keep",
+    label="Distance of these to images to keep",
+    explanation=(
+        "Median pixel distance of a sample that is no copy to the nearest image to keep. Lower is better: something"
+        " like the data comes instead; far above the base points to noise or broken pictures."
+    ),
+    measure=_others_distance_to_keep,
+    format=four_digits,
+    better="lower",
+    chapter="instead",
+)
+ORDINARY_COPY_SHARE = Metric(
+    key="ordinary_copy_share",
+    label="Copies under ordinary prompts",
+    explanation="Share of the samples of other prompts that a detector flags. Lower is better.",
+    measure=_ordinary_copy_share,
+    format=percent,
+    better="lower",
+    chapter="copies",
+)

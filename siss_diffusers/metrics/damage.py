@@ -3,22 +3,36 @@
 import math
 
 import torch
-import torchvision.transforms.functional as TF
 from torch import Tensor
 
 
+# What each damage does to a picture, for people. Keys as in `evaluation.json`.
+DAMAGES = {
+    "none": "no damage",
+    "noise": "noise added",
+    "blur": "blurred",
+    "contrast": "contrast halved",
+    "hue": "colours turned",
+    "crop": "cropped and enlarged",
+    "flip": "mirrored",
+    "shift": "shifted",
+}
+
+
 def damaged(image: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """A copy of an image for each kind of damage, every one `(C, H, W)` in [0, 1].
+    """Return a copy of an image for each kind of damage, every one `(C, H, W)` in [0, 1].
 
     `noise`: of standard deviation 0.1; `blur`: by a Gaussian of 1/128 of the longer side, at least a pixel; `contrast`:
     half, about the mean; `hue`: turned by a third, red to green to blue to red; `crop`: the middle 90 % of each side,
-    enlarged again; `flip`: left for right; `shift`: a pixel to the right. What leaves the image as it was is not among
-    them: the hue of a grey image, the flip of a symmetric one.
+    enlarged again; `flip`: left for right; `shift`: a pixel to the right. A damage that leaves the image as it was is
+    left out: the hue of a grey image, the flip of a symmetric one.
 
     Args:
         image: `(C, H, W)` in [0, 1], C 1 or 3.
         seed: of the noise.
     """
+    import torchvision.transforms.functional as TF
+
     height, width = image.shape[-2:]
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(image.shape, generator=generator).to(image)

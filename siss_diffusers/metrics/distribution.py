@@ -1,14 +1,25 @@
 """Distances between the distributions of two sets of images, over the features of any extractor."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from siss_diffusers.metrics.base import Metric, Skip
+from siss_diffusers.metrics.formats import percent
+
+
+if TYPE_CHECKING:
+    from siss_diffusers.evaluation.model import MeasuredModel
+
+MIN_IMAGES = 6  # density and coverage take five neighbours of each
+
 
 def _checked(real: Tensor, fake: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
-    """Both in float64.
+    """Return both in float64.
 
     Raises:
-        ValueError: where the features are not of one kind, or too few for the estimate to exist.
+        ValueError: if the features are not of one kind, or too few for the estimate to exist.
     """
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise ValueError(f"features must be (N, D) and (M, D), not {tuple(real.shape)} and {tuple(fake.shape)}")
@@ -18,11 +29,11 @@ def _checked(real: Tensor, fake: Tensor, at_least: int) -> tuple[Tensor, Tensor]
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
-    """FID (Heusel et al., arXiv 1706.08500): `||mu - mu'||^2 + Tr(S + S' - 2 (S S')^(1/2))`, unbiased covariances.
+    """Return the FID (Heusel et al., arXiv 1706.08500): `||mu - mu'||^2 + Tr(S + S' - 2 (S S')^(1/2))`.
 
-    With S = A^T A and S' = B^T B, A and B the centred features over sqrt(N - 1), the root's trace is the sum of the
-    singular values of A B^T: no matrix is squared or rooted, so that no rounding is amplified, whatever the rank. A QR
-    decomposition first leaves at most D rows of either.
+    The covariances are unbiased. With S = A^T A and S' = B^T B, A and B the centred features over sqrt(N - 1), the root's trace is the sum of the
+    singular values of A B^T. No matrix is squared or rooted, so no rounding is amplified, whatever the rank. A QR
+    decomposition first leaves at most D rows of each.
 
     Args:
         real: `(N, D)`, N at least 2.
@@ -35,9 +46,10 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
 
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
-    """KID (Binkowski et al., arXiv 1801.01401): unbiased squared MMD of the kernel `(x^T y / D + 1)^3`, whole sets.
+    """Return the KID (Binkowski et al., arXiv 1801.01401): unbiased squared MMD of the kernel `(x^T y / D + 1)^3`.
 
-    Unbiased, so it may be slightly negative, and it does not depend on the number of images as FID does.
+    It is taken over the whole sets. As it is unbiased, it may be slightly negative, and it does not depend on the
+    number of images as FID does.
 
     Args:
         real: `(N, D)`, N at least 2.
@@ -61,15 +73,16 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """Distance of each row to its k-th nearest other one, `(N,)`; the nearest of all is the row itself."""
+    """Return the distance of each row to its k-th nearest other one, `(N,)`; the nearest of all is the row itself."""
     return _distances(x, x).kthvalue(k + 1, dim=1).values
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991), equations 1 and 2, both in [0, 1].
+    """Return improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991), equations 1 and 2, in [0, 1].
 
-    The share of fakes within the manifold of the reals, and the reverse; a manifold is the union of closed balls around
-    the images, each reaching to the k-th nearest neighbour. Takes memory for N x M distances.
+    Precision is the share of fakes within the manifold of the reals, recall the reverse. A manifold is the union of
+    closed balls around the images, each of which reaches to the k-th nearest neighbour. Takes memory for N x M
+    distances.
 
     Args:
         real: `(N, D)`, N at least k + 1.
@@ -83,11 +96,11 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
-    """Density and coverage (Naeem et al., arXiv 2002.09797), equations 5 and 6.
+    """Return density and coverage (Naeem et al., arXiv 2002.09797), equations 5 and 6.
 
-    Density: in how many of the reals' balls a fake lies, over k; may exceed 1. Coverage: the share of reals with a fake
-    in their ball, in [0, 1]. The balls, those of `precision_recall`, are closed: a copy of an image that occurs k + 1
-    times is in its ball of radius 0.
+    Density is the number of the reals' balls in which a fake lies, over k; it may exceed 1. Coverage is the share of
+    reals with a fake in their ball, in [0, 1]. The balls are those of `precision_recall`. They are closed: a copy of an
+    image that occurs k + 1 times is in its ball of radius 0.
 
     Args:
         real: `(N, D)`, N at least k + 1.
@@ -96,3 +109,83 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, flo
     real, fake = _checked(real, fake, at_least=k + 1)
     inside = _distances(real, fake) <= _radii(real, k)[:, None]
     return inside.double().sum(0).mean().item() / k, inside.any(1).double().mean().item()
+
+
+def _features(model: "MeasuredModel") -> tuple[Tensor, Tensor]:
+    """Return features of images to keep and of samples that are no copies.
+
+    Raises:
+        Skip: without a feature extractor, or if there are too few images.
+    """
+    if model.networks.features is None:
+        raise Skip("needs --feature_extractor, a TorchScript file")
+    fake, real = model.ordinary_others, model.data.ordinary_images
+    if real is None or min(len(real), len(fake)) < MIN_IMAGES:
+        raise Skip("too few samples that are no copies, or too few images to keep to compare them with")
+    return model.networks.features(real), model.networks.features(fake)
+
+
+def _precision_recall(model: "MeasuredModel") -> tuple[float, float]:
+    return precision_recall(*model.once(_features))
+
+
+def _density_coverage(model: "MeasuredModel") -> tuple[float, float]:
+    return density_coverage(*model.once(_features))
+
+
+FID = Metric(
+    key="fid",
+    label="FID",
+    explanation=(
+        "Distance between the samples and the data in a network's features; depends on the number of samples. Lower is"
+        " better."
+    ),
+    measure=lambda model: {"fid": frechet_distance(*model.once(_features))},
+    better="lower",
+    chapter="rest",
+)
+KID = Metric(
+    key="kid",
+    label="KID",
+    explanation=(
+        "Such a distance that does not depend on the number of samples; may fall a little below 0. Lower is better."
+    ),
+    measure=lambda model: {"kid": kernel_distance(*model.once(_features))},
+    better="lower",
+    chapter="rest",
+)
+PRECISION = Metric(
+    key="precision",
+    label="Precision",
+    explanation="Share of the samples that look like the data. Higher is better.",
+    measure=lambda model: {"precision": model.once(_precision_recall)[0]},
+    format=percent,
+    better="higher",
+    chapter="rest",
+)
+RECALL = Metric(
+    key="recall",
+    label="Recall",
+    explanation="Share of the data that the samples reach. Higher is better.",
+    measure=lambda model: {"recall": model.once(_precision_recall)[1]},
+    format=percent,
+    better="higher",
+    chapter="rest",
+)
+DENSITY = Metric(
+    key="density",
+    label="Density",
+    explanation="How close the samples lie to the data; may exceed 1. Higher is better.",
+    measure=lambda model: {"density": model.once(_density_coverage)[0]},
+    better="higher",
+    chapter="rest",
+)
+COVERAGE = Metric(
+    key="coverage",
+    label="Coverage",
+    explanation="Share of the data that has a sample close to it. Higher is better.",
+    measure=lambda model: {"coverage": model.once(_density_coverage)[1]},
+    format=percent,
+    better="higher",
+    chapter="rest",
+)

@@ -3,27 +3,32 @@
 import warnings
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from siss_diffusers.errors import UsageError
+from siss_diffusers.metrics.base import Metric, Skip
 
+
+if TYPE_CHECKING:
+    from siss_diffusers.evaluation.model import MeasuredModel
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_torchscript(path: str | Path, flag: str) -> torch.jit.ScriptModule:
-    """The network in a TorchScript file, on the CPU, in evaluation mode and without gradients.
+    """Load the network in a TorchScript file onto the CPU, in evaluation mode and without gradients.
 
-    Such a file is a program, though of tensors and not of Python; a file of `torch.save` is refused and not unpickled.
+    Such a file is a program, but of tensors and not of Python. A file of `torch.save` is refused and not unpickled.
 
     Args:
-        flag: the option that named the file, for the message.
+        flag: the option that named the file, for messages.
 
     Raises:
-        UsageError: where there is no such file, or it is not a TorchScript file.
+        UsageError: if there is no such file, or it is not a TorchScript file.
     """
     if not Path(path).is_file():
         raise UsageError(f"{flag}: there is no file {path}")
@@ -51,17 +56,17 @@ def extract(
     flag: str,
     normalize: bool = True,
 ) -> Tensor:
-    """Features `(N, D)`, float32 on the CPU.
+    """Return features `(N, D)`, float32 on the CPU.
 
     Args:
         model: `(B, 3, H, W) -> (B, D)`.
         images: `(N, 3, H, W)` or `(N, 1, H, W)` in [0, 1]; grey becomes three equal channels.
-        size: of the square that the network is shown; None: the images as they are.
-        flag: the option that named the network, for the message.
+        size: side of the square that the network is shown; None shows the images as they are.
+        flag: the option that named the network, for messages.
         normalize: by mean and standard deviation of ImageNet, as SSCD and most backbones want it.
 
     Raises:
-        UsageError: where the network cannot take such images, or gives something else than one finite row for each.
+        UsageError: if the network cannot take such images, or gives anything but one finite row for each.
     """
     device = next(chain(model.parameters(), model.buffers()), images).device
     mean, std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -78,8 +83,8 @@ def extract(
             cause = str(error).strip().splitlines()[-1]
             raise UsageError(f"{flag}: the network fails on images of {tuple(batch.shape[1:])}: {cause}") from error
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(batch):
-            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise UsageError(f"{flag}: the network must give one row of features an image, not {found}")
+            actual = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise UsageError(f"{flag}: the network must give one row of features an image, not {actual}")
         if not output.isfinite().all():
             raise UsageError(f"{flag}: the network gives features that are not finite")
         features.append(output.float().cpu())
@@ -87,15 +92,35 @@ def extract(
 
 
 def pixel_features(images: Tensor) -> Tensor:
-    """The pixels themselves as features, `(N, C, H, W)` to `(N, C H W)` float32."""
+    """Return the pixels themselves as features, `(N, C, H, W)` to `(N, C H W)` float32."""
     return images.flatten(1).float()
 
 
 def copy_similarity(samples: Tensor, references: Tensor) -> Tensor:
-    """Highest cosine with any reference, `(N,)` in [-1, 1]: the score of SSCD (Pizzi et al., arXiv 2202.10261).
+    """Return the highest cosine with any reference, `(N,)` in [-1, 1]: the score of SSCD (Pizzi et al., 2202.10261).
 
     Args:
         samples: features `(N, D)`.
         references: features `(K, D)`.
     """
     return (F.normalize(samples) @ F.normalize(references).T).amax(1)
+
+
+def _sscd_forget(model: "MeasuredModel") -> dict[str, float]:
+    similarity = model.detectors.similarity(model.samples)
+    if similarity is None:
+        raise Skip("needs --copy_detector, a TorchScript file such as SSCD's")
+    return {"sscd_forget": similarity.mean().item()}
+
+
+SSCD_FORGET = Metric(
+    key="sscd_forget",
+    label="Similarity to forgotten images",
+    explanation=(
+        "Mean over the samples of the highest cosine with a forgotten image, in the features of a copy detector. Lower"
+        " is better."
+    ),
+    measure=_sscd_forget,
+    better="lower",
+    chapter="memory",
+)

@@ -2,15 +2,25 @@
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from siss_diffusers.metrics.base import Metric, Skip
 from siss_diffusers.noising import GaussianPath
 
 
+if TYPE_CHECKING:
+    from siss_diffusers.evaluation.model import MeasuredModel
+
+
 def noise_prediction(path: GaussianPath, predict: Callable[[Tensor, Tensor], Tensor]) -> Callable:
-    """A function `(m, index) -> eps_hat` from a network of any prediction type; `predict` takes model timesteps."""
+    """Return a function `(m, index) -> eps_hat` for a network of any prediction type.
+
+    Args:
+        predict: the network, `(noisy, model timesteps) -> output`.
+    """
 
     def epsilon(noisy: Tensor, index: int) -> Tensor:
         alpha, sigma = path.alphas[index].to(noisy), path.sigmas[index].to(noisy)
@@ -37,14 +47,15 @@ def bits_per_dimension(
     batch_size: int = 256,
     seed: int = 0,
 ) -> Tensor:
-    """Negative log-likelihood of 8-bit images, uniformly dequantised, `(N,)` in bits per dimension.
+    """Return the negative log-likelihood of 8-bit images, uniformly dequantised, `(N,)` in bits per dimension.
 
-    In z = m / alpha and s = sigma / alpha the flow is `dz/ds = eps(alpha z, t)`, for any schedule, so
+    In z = m / alpha and s = sigma / alpha the flow is `dz/ds = eps(alpha z, t)` under any schedule. Hence
     `log p(z_0) = log N(z_T; 0, 1 + s_T^2) + integral of div_z eps ds` and `log p(x) = log p(z_0)` at s_0, the least
-    noise that the model knows. Integrated between timesteps that the model was trained on, about equally far apart in
-    log s: z by Heun's method in s, for eps tends to a constant where the noise is large; the divergence, Hutchinson's
-    estimate, by the trapezoidal rule in log s, for there s div eps does. So the last steps of a schedule, which may
-    multiply s by 30, do no harm. Neither the batch nor the device changes the grid or the draws of an image.
+    noise that the model knows. The integral runs over timesteps that the model was trained on, about equally far apart
+    in log s. z is integrated by Heun's method in s, because eps tends to a constant where the noise is large. The
+    divergence, Hutchinson's estimate, is integrated by the trapezoidal rule in log s, because s div eps tends to a
+    constant there. So the last steps of a schedule, which may multiply s by 30, do no harm. Neither the batch nor the
+    device changes the grid or the draws of an image.
 
     Args:
         images: `(N, C, H, W)` in [0, 1], multiples of 1/255.
@@ -71,7 +82,7 @@ def bits_per_dimension(
     s = [math.exp(value) for value in log_s]
 
     def slope(z: Tensor, v: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """dz/ds = eps, and d(log p)/dlog s = s div eps, the divergence by v^T (d eps / dz) v."""
+        """Return dz/ds = eps, and d(log p)/dlog s = s div eps, where the divergence is v^T (d eps / dz) v."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             output = epsilon(alphas[index] * z, index)
@@ -98,3 +109,46 @@ def bits_per_dimension(
         log_densities.append(prior + integral - dimensions * math.log(alphas[nodes[0]]))
     bits = -torch.cat(log_densities) / (images[0].numel() * math.log(2)) + math.log2(128)
     return bits.unflatten(0, (-1, num_probes)).mean(1).float()
+
+
+def _bits(model: "MeasuredModel") -> tuple[Tensor, Tensor]:
+    """Return the bits per dimension of each image to forget, and of some images to keep."""
+    if model.family.has_latents:
+        raise Skip("not computed for latent models")
+    forget, keep = model.data.forget, model.data.keep[: model.settings.num_likelihood_images]
+    images = torch.cat([forget, keep]).mul(255).round() / 255
+    bits = bits_per_dimension(
+        images.to(model.device),
+        model.path.to(model.device),
+        model.predict,
+        batch_size=model.settings.batch_size,
+        seed=model.settings.seed,
+    )
+    return bits[: len(forget)], bits[len(forget) :]
+
+
+def _nll_keep_bpd(model: "MeasuredModel") -> dict[str, float]:
+    _, bits = model.once(_bits)
+    if len(bits) == 0:
+        raise Skip("asked for by --num_likelihood_images")
+    return {"nll_keep_bpd": bits.mean().item()}
+
+
+NLL_FORGET_BPD = Metric(
+    key="nll_forget_bpd",
+    label="Code length of forgotten images",
+    explanation=(
+        "Bits per dimension (negative log-likelihood). Higher is better, up to what unseen images take, about the next"
+        " row; far more than that would itself give the images away."
+    ),
+    measure=lambda model: {"nll_forget_bpd": model.once(_bits)[0].mean().item()},
+    chapter="memory",
+)
+NLL_KEEP_BPD = Metric(
+    key="nll_keep_bpd",
+    label="Code length of images to keep",
+    explanation="Bits per dimension (negative log-likelihood). Lower is better; it should stay where the base has it.",
+    measure=_nll_keep_bpd,
+    better="lower",
+    chapter="rest",
+)

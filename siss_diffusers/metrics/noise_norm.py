@@ -1,10 +1,17 @@
 """The text-conditional noise norm (Wen et al., arXiv 2407.21720): how hard a prompt pulls, large where it recalls."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
+from siss_diffusers.metrics.base import NO_PROMPTS, Metric, Skip
 from siss_diffusers.metrics.likelihood import noise_prediction
 from siss_diffusers.noising import GaussianPath
+
+
+if TYPE_CHECKING:
+    from siss_diffusers.evaluation.model import MeasuredModel
 
 
 class TextNoiseNorms:
@@ -15,12 +22,12 @@ class TextNoiseNorms:
         norms.per_step()
 
     It costs no network call: the sampler's own batch is [unconditional | conditional], both halves of the same x_t. A
-    call whose halves differ has no guidance and is not recorded. One pass down the timesteps is one batch of rows; the
+    call whose halves differ has no guidance and is not recorded. One pass down the timesteps is one batch of rows. The
     batches of several passes are put side by side.
 
     Args:
-        unet: the `UNet2DConditionModel` that is called; only watched.
-        path: of its scheduler; turns a difference of other predictions, such as v, into one of noise.
+        unet: the network that is called, with the noisy batch and the timestep as its first arguments.
+        path: the noise levels; they turn a difference of other predictions, such as v, into one of noise.
     """
 
     def __init__(self, unet: torch.nn.Module, path: GaussianPath) -> None:
@@ -36,6 +43,8 @@ class TextNoiseNorms:
         self.handle.remove()
 
     def _record(self, unet: torch.nn.Module, args: tuple, output) -> None:
+        if len(args) < 2:
+            return
         noisy, timestep = args[0].float(), float(args[1])
         if len(noisy) % 2 or not torch.equal(*noisy.chunk(2)):
             return
@@ -50,10 +59,10 @@ class TextNoiseNorms:
         self.passes[-1].append((conditional - unconditional).flatten(1).norm(dim=1).cpu())
 
     def per_step(self) -> Tensor:
-        """`(steps, rows)`, the first sampling step first, the rows in the order in which they were sampled.
+        """Return the norms `(steps, rows)`, the first sampling step first, the rows in the order of sampling.
 
         Raises:
-            ValueError: where nothing was sampled under guidance.
+            ValueError: if nothing was sampled under guidance.
         """
         if not self.passes:
             raise ValueError(
@@ -63,10 +72,31 @@ class TextNoiseNorms:
 
 
 def mean_noise_norm(per_step: Tensor) -> Tensor:
-    """The detection score of the paper, the mean over the steps; `(steps, rows)` to `(rows,)`."""
+    """Return the detection score of the paper, the mean over the steps; `(steps, rows)` to `(rows,)`."""
     return per_step.mean(0)
 
 
 def first_noise_norm(per_step: Tensor) -> Tensor:
-    """The score after a single step, nearly as telling in the paper; `(steps, rows)` to `(rows,)`."""
+    """Return the score after a single step, nearly as telling in the paper; `(steps, rows)` to `(rows,)`."""
     return per_step[0]
+
+
+def _text_noise_norm(model: "MeasuredModel") -> dict[str, Any]:
+    if not model.family.has_prompts:
+        raise Skip(NO_PROMPTS)
+    if model.settings.guidance_scale <= 1:
+        raise Skip("without guidance (--guidance_scale above 1) there is none")
+    per_step = model.noise_norms
+    if per_step is None:
+        raise Skip("this pipeline does not predict with and without the prompt in one batch")
+    return {"text_noise_norm": per_step.mean().item(), "text_noise_norm_by_step": per_step.mean(1).tolist()}
+
+
+TEXT_NOISE_NORM = Metric(
+    key="text_noise_norm",
+    label="Text-conditional noise norm",
+    explanation="How hard the memorized prompt pulls; large where a model recalls an image. Lower is better.",
+    measure=_text_noise_norm,
+    better="lower",
+    chapter="memory",
+)

@@ -35,7 +35,8 @@ class UnconditionalSettings(Settings):
     ema_max_decay: float = setting(0.9999, "Highest decay of the average.", parse=unit_float, public=True)
     ddpm_num_steps: int | None = setting(None, "Noise levels; default: what the scheduler says.", parse=positive_int,
         public=True)
-    ddpm_beta_schedule: str | None = setting(None, "Default: what the scheduler says.", public=True)
+    ddpm_beta_schedule: str | None = setting(None, "Schedule of the noise; default: what the scheduler says.",
+        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"), public=True)
     num_inference_steps: int = setting(50, "DDIM steps of samples made in training.", parse=positive_int,
         flag="ddpm_num_inference_steps", group=VALIDATION, resume="free", public=True)
     save_images_epochs: int | None = setting(None, "Log samples to the tracker every so many passes, copies of forget"

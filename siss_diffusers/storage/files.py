@@ -1,4 +1,4 @@
-"""JSON files that are whole or not there, and bytes that have reached the disk."""
+"""JSON and text files that are whole or not there, and bytes that have reached the disk."""
 
 import json
 import os
@@ -15,7 +15,7 @@ def read_json(path: Path) -> Any:
         return json.load(file)
 
 
-def write_json(path: Path, content: Any, mode: int = 0o666) -> None:
+def write_text(path: Path, content: str, mode: int = 0o666) -> None:
     """Write to a temporary name, then rename: a reader never sees half a file.
 
     Args:
@@ -23,12 +23,16 @@ def write_json(path: Path, content: Any, mode: int = 0o666) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    with open(temporary, "w", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+    with open(temporary, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any, mode: int = 0o666) -> None:
+    """Write `content` as JSON, as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2) + "\n", mode)
 
 
 def append_json_line(path: Path, content: dict[str, Any]) -> None:

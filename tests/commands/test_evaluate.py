@@ -16,8 +16,10 @@ from siss_diffusers.assets.captioned import (
     flower_images,
     memorized_image,
 )
+from siss_diffusers.families import StableDiffusion
 from siss_diffusers.metrics.copies import wilson_interval
-from siss_diffusers.training.adapters import ATTENTION_PROJECTIONS, add_lora, save_lora
+from siss_diffusers.settings import AdapterSettings
+from siss_diffusers.training.adapters import add_lora, save_lora
 from tests.helpers.commands import run_siss, siss_error
 from tests.helpers.paths import TINY_MODEL, TINY_SD
 from tests.helpers.pictures import write_images
@@ -44,12 +46,12 @@ def adapter(tmp_path_factory):
     """Of random weights: it wrecks the model."""
     unet = StableDiffusionPipeline.from_pretrained(TINY_SD).unet
     torch.manual_seed(0)
-    add_lora(unet, 4, 4, 0.0, ATTENTION_PROJECTIONS, torch.float32)
+    add_lora(unet, AdapterSettings(4, 4, 0.0, StableDiffusion.lora_targets), torch.float32)
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     folder = tmp_path_factory.mktemp("adapter")
-    save_lora(unet, folder)
+    save_lora(unet, folder, StableDiffusionPipeline, "unet")
     return folder
 
 

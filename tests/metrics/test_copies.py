@@ -9,10 +9,10 @@ from siss_diffusers.metrics.copies import (
     CopyDetectors,
     copy_statistics,
     correlation,
-    frame_copies,
     pixel_l2,
     wilson_interval,
 )
+from siss_diffusers.metrics.pictures import frame_copies
 
 
 DIGITS = torch.from_numpy(digit_images()[0]).unsqueeze(1) / 255

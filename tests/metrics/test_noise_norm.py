@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from siss_diffusers.families import Sampling, StableDiffusion
 from siss_diffusers.metrics.noise_norm import TextNoiseNorms, first_noise_norm, mean_noise_norm
-from siss_diffusers.metrics.sampling import sample_prompts
 from siss_diffusers.noising import GaussianPath
 from tests.helpers.tiny_sd import build_pipeline
 
@@ -18,12 +18,9 @@ def encode(pipeline, prompts: list[str]) -> torch.Tensor:
 
 def record(pipeline, **options) -> TextNoiseNorms:
     with TextNoiseNorms(pipeline.unet, GaussianPath.from_scheduler(pipeline.scheduler)) as norms:
-        sample_prompts(
-            pipeline,
-            encode(pipeline, PROMPTS),
-            encode(pipeline, [""]),
-            **{"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **options},
-        )
+        family = StableDiffusion(channels=3, resolution=16)
+        sampling = Sampling(**{"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **options})
+        family.sample(pipeline, family.embed(pipeline, PROMPTS), family.embed(pipeline, [""]), sampling)
     return norms
 
 

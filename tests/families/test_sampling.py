@@ -1,8 +1,10 @@
+"""Samples of an unconditional model: the same for the same seed, whatever the batch."""
+
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from siss_diffusers.metrics.sampling import sample_images
+from siss_diffusers.families import Conditions, Sampling, Unconditional
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +23,10 @@ def unet() -> UNet2DModel:
     )
 
 
-def sample(unet, num_samples=5, **options):
-    return sample_images(unet, DDPMScheduler(), num_samples, num_inference_steps=4, **options)
+def sample(unet, num_samples=5, prediction_type="epsilon", **options):
+    pipeline = DDPMPipeline(unet, DDPMScheduler(prediction_type=prediction_type))
+    sampling = Sampling(num_inference_steps=4, **options)
+    return Unconditional(3, 8).sample(pipeline, Conditions({}, num_samples), None, sampling)
 
 
 def test_pictures_in_the_unit_interval(unet):
@@ -51,8 +55,5 @@ def test_the_mode_of_the_network_is_restored(unet, training):
 
 
 def test_a_model_of_another_prediction_type_is_sampled_as_such(unet):
-    images = [
-        sample_images(unet, DDPMScheduler(prediction_type=name), 1, num_inference_steps=4)
-        for name in ("epsilon", "v_prediction", "sample")
-    ]
+    images = [sample(unet, num_samples=1, prediction_type=name) for name in ("epsilon", "v_prediction", "sample")]
     assert (images[0] - images[1]).abs().mean() > 0.01 and (images[0] - images[2]).abs().mean() > 0.01

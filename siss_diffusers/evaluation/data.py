@@ -1,0 +1,121 @@
+"""The pictures and prompts that models are measured with."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siss_diffusers.errors import UsageError
+from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES
+
+
+if TYPE_CHECKING:
+    from siss_diffusers.data.images import Images
+
+MAX_ORDINARY_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Pictures `(N, C, H, W)` float32 in [0, 1], on the CPU, and their prompts.
+
+    A model without prompts has a single empty one, so that both kinds of model are treated alike.
+
+    Args:
+        forget: the forget images, each different one once.
+        keep: images to keep; those with a prompt of a forget image, if there are any.
+        prompts: the memorized prompts, those of the forget images.
+        forget_prompts: `(K,)`, the number in `prompts` of each forget image.
+        keep_prompts: `(M,)`, the number in `prompts` of each image of `keep`; None if they have other prompts.
+        ordinary_prompts: other prompts of images to keep.
+        ordinary_images: images to keep that ordinary samples are compared with; None if nothing compares them.
+        prompt_classes: the number of the class that an ordinary prompt asks for, for the accuracy of a classifier.
+    """
+
+    forget: Tensor
+    keep: Tensor
+    prompts: Sequence[str]
+    forget_prompts: Tensor
+    keep_prompts: Tensor | None
+    ordinary_prompts: Sequence[str] = ()
+    ordinary_images: Tensor | None = None
+    prompt_classes: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def without_prompts(cls, forget: Tensor, keep: Tensor) -> "EvaluationData":
+        """Return the data of a model that has no prompts.
+
+        Args:
+            forget: the forget images, each different one once.
+            keep: images to keep.
+        """
+        numbers = torch.zeros(len(forget), dtype=torch.long), torch.zeros(len(keep), dtype=torch.long)
+        return cls(forget, keep, ("",), *numbers, ordinary_images=keep)
+
+
+def collect_data(
+    keep: "Images",
+    forget: "Images",
+    keep_prompts: Sequence[str] | None = None,
+    forget_prompts: Sequence[str] | None = None,
+    *,
+    num_samples: int,
+    with_ordinary_images: bool,
+    seed: int = 0,
+) -> EvaluationData:
+    """Choose and read what models are measured with.
+
+    Args:
+        keep, forget: the data sets; forget images that are equal count once.
+        keep_prompts, forget_prompts: the prompt of each image; None for models without prompts.
+        num_samples: samples of the memorized prompts, at least one for each of them.
+        with_ordinary_images: whether to read images to keep of ordinary prompts.
+        seed: of the choice among the images to keep.
+
+    Raises:
+        UsageError: for an image that cannot be read, or for too few samples.
+    """
+    different = unique_images(forget)
+    shuffle = np.random.default_rng(seed).permutation
+    if keep_prompts is None or forget_prompts is None:
+        chosen = shuffle(len(keep))[:MAX_KEEP_IMAGES].tolist()
+        return EvaluationData.without_prompts(load_pictures(forget, different), load_pictures(keep, chosen))
+
+    prompts = sorted(set(forget_prompts))
+    if num_samples < len(prompts):
+        raise UsageError(f"--num_samples must be at least {len(prompts)}, the prompts of the forget images")
+    number = {prompt: index for index, prompt in enumerate(prompts)}
+    memorized = [index for index, prompt in enumerate(keep_prompts) if prompt in number]
+    chosen = shuffle(memorized or list(range(len(keep))))[:MAX_KEEP_IMAGES].tolist()
+    # The most frequent ones first, so that a few samples are of what matters.
+    counts = Counter(prompt for prompt in keep_prompts if prompt not in number)
+    ordinary = [prompt for prompt, _ in counts.most_common(MAX_ORDINARY_PROMPTS)]
+    ordinary_images = None
+    if with_ordinary_images and ordinary:
+        rows = [index for index, prompt in enumerate(keep_prompts) if prompt in set(ordinary)]
+        chosen_ordinary = np.random.default_rng(seed).permutation(rows)[:MAX_KEEP_IMAGES].tolist()
+        ordinary_images = load_pictures(keep, chosen_ordinary)
+    return EvaluationData(
+        forget=load_pictures(forget, different),
+        keep=load_pictures(keep, chosen),
+        prompts=prompts,
+        forget_prompts=torch.tensor([number[forget_prompts[index]] for index in different]),
+        keep_prompts=torch.tensor([number[keep_prompts[index]] for index in chosen]) if memorized else None,
+        ordinary_prompts=ordinary,
+        ordinary_images=ordinary_images,
+    )
+
+
+def unique_images(images: "Images") -> list[int]:
+    """Return the rows of different pictures, in their order: a memorized image is often in the forget set many times."""
+    rows = {images.digest(index): index for index in reversed(range(len(images)))}
+    return sorted(rows.values())
+
+
+def load_pictures(images: "Images", rows: Sequence[int]) -> Tensor:
+    """Read pictures, `(N, C, H, W)` in [0, 1]."""
+    return torch.stack([images.load(index) for index in rows]) / 2 + 0.5

@@ -1,0 +1,54 @@
+"""What is measured, and how. Nothing heavy is imported here: `siss --help` reads the defaults."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings of an evaluation. Most of them have a flag of the same name in `siss evaluate`.
+
+    Args:
+        num_samples: samples of each model; if it has prompts, of the forget images' prompts together.
+        num_ordinary_samples: samples of the keep images' other prompts together, if the model has prompts.
+        num_inference_steps: steps of the sampler.
+        guidance_scale: of classifier-free guidance; 1 is none. Unconditional models ignore it.
+        batch_size: samples at a time.
+        seed: of the first sample; sample i has a generator of its own, of seed + i.
+        copy_detector: a TorchScript file of a copy detector, such as SSCD's.
+        copy_detector_size: pictures are resized to this side for it.
+        feature_extractor: a TorchScript file of a feature extractor, for FID, KID, precision, coverage.
+        feature_size: pictures are resized to this side for it.
+        classifier: a TorchScript file that maps pictures to class logits, for the inception score.
+        classifier_size: pictures are resized to this side for it; None shows them as they are.
+        clip_model: a CLIP of transformers, for CLIP score and CLIP-IQA: a folder, or a name on the Hub.
+        cache_dir: where downloaded models are kept.
+        num_likelihood_images: keep images whose likelihood is computed.
+        paraphrases: other wordings of the memorized prompts.
+        prompt_noise: sample with noise on the prompt's embedding, so many times its standard deviation.
+        relearning_steps: steps of the relearning attack; 0 skips it.
+        relearning_rate: learning rate of the relearning attack.
+        num_relearning_samples: samples at each point of the relearning attack, and for each variation of the prompt.
+        use_clusters: whether k-means on the base's samples serves as a copy detector too.
+    """
+
+    num_samples: int = 256
+    num_ordinary_samples: int = 256
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    batch_size: int = 32
+    seed: int = 0
+    copy_detector: str | None = None
+    copy_detector_size: int = 288
+    feature_extractor: str | None = None
+    feature_size: int = 299
+    classifier: str | None = None
+    classifier_size: int | None = None
+    clip_model: str | None = None
+    cache_dir: str | None = None
+    num_likelihood_images: int = 32
+    paraphrases: tuple[str, ...] = ()
+    prompt_noise: tuple[float, ...] = ()
+    relearning_steps: int = 0
+    relearning_rate: float = 1e-4
+    num_relearning_samples: int = 64
+    use_clusters: bool = True

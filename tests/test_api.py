@@ -1,0 +1,192 @@
+"""`unlearn(pipeline, forget, keep)`: the scripts' bits from objects in memory."""
+
+import asyncio
+import json
+import logging
+import signal
+import stat
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDPMPipeline, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_siss_sd
+import train_siss_unconditional
+from siss_diffusers import Outcome, unlearn
+from siss_diffusers.assets.captioned import FLOWER_CAPTION, memorized_image
+from siss_diffusers.errors import UsageError
+from tests.helpers.commands import to_argv
+from tests.helpers.paths import TINY_MODEL, TINY_SD
+from tests.helpers.pictures import SECRET, read_metadata
+from tests.helpers.runs import LORA, UNET, read_log, without_times
+
+
+SHORT = {"max_train_steps": 2, "train_batch_size": 4}
+
+
+def ddpm() -> DDPMPipeline:
+    return DDPMPipeline.from_pretrained(TINY_MODEL)
+
+
+@pytest.fixture
+def stable_diffusion(pipeline_folder) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(pipeline_folder)
+
+
+@pytest.fixture
+def digits(digits_folder, garment_folder, cache_dir) -> dict:
+    """The arguments of a short run on the digits."""
+    data = {"forget": garment_folder, "keep": digits_folder}
+    return data | SHORT | {"learning_rate": 1e-4, "cache_dir": str(cache_dir)}
+
+
+@pytest.fixture
+def captioned(captioned_folder, cache_dir) -> dict:
+    """The arguments of a short run on captioned pictures, whose column says what to forget."""
+    options = {"learning_rate": 1e-3, "calibrate_forgetting": "off", "cache_dir": str(cache_dir)}
+    return {"keep": captioned_folder} | SHORT | options
+
+
+def assert_same_weights(folder, other, file: str) -> None:
+    weights, others = load_file(folder / file), load_file(other / file)
+    assert weights.keys() == others.keys() and all(value.equal(others[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("flags", [{}, {"use_ema": None, "calibrate_forgetting": "0.75"}], ids=["plain", "ema"])
+def test_an_unconditional_model_gets_the_bits_of_the_script(flags, digits, base_args, garment_folder, tmp_path):
+    del base_args["--forget_files"]
+    named = {f"--{name}": value for name, value in flags.items()}
+    train_siss_unconditional.main(to_argv(base_args | {"--forget_data_dir": str(garment_folder)} | named))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = {name: True if value is None else float(value) for name, value in flags.items()}
+    outcome = unlearn(ddpm(), **digits, **options)
+    saved = outcome.save(tmp_path / "saved")
+    assert_same_weights(saved, tmp_path / "out", UNET)
+    assert without_times(read_log(saved)) == without_times(read_log(tmp_path / "out"))
+    assert {path.name for path in saved.iterdir()} == {path.name for path in (tmp_path / "out").iterdir()}
+    records = [json.loads((folder / "unlearning.json").read_text()) for folder in (saved, tmp_path / "out")]
+    assert records[0]["data"] == records[1]["data"] and outcome.record == records[0]
+    # The pipeline in hand is the one on the disk.
+    drawn = [pipeline(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+             for pipeline in (outcome.pipeline, DDPMPipeline.from_pretrained(saved))]  # fmt: skip
+    assert (drawn[0] == drawn[1]).all()
+    assert stat.S_IMODE((saved / "receipt.json").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_stable_diffusion_gets_the_bits_of_the_script(kind, captioned, full_args, stable_diffusion, tmp_path):
+    lora = kind == "lora"
+    train_siss_sd.main(to_argv(full_args | ({"--use_lora": None} if lora else {})))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    outcome = unlearn(stable_diffusion, **captioned, use_lora=lora)
+    saved = outcome.save(tmp_path / "saved")
+    assert_same_weights(saved, tmp_path / "out", LORA if lora else UNET)
+    assert outcome.pipeline.text_encoder is not None and outcome.pipeline.vae is not None
+    assert outcome.pipeline("a photograph", num_inference_steps=1).images[0].size == (16, 16)
+
+
+def test_every_form_of_the_same_images_gives_the_same_weights(digits, digits_folder, garment_folder, tmp_path):
+    files = {
+        name: sorted(folder.glob("*.png")) for name, folder in (("keep", digits_folder), ("forget", garment_folder))
+    }
+    pictures = {name: [Image.open(path) for path in paths] for name, paths in files.items()}
+    tables = {
+        name: datasets.Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column(
+            "image", datasets.Image()
+        )
+        for name, paths in files.items()
+    }
+    for name, data in (("folders", {}), ("pictures", pictures), ("tables", tables)):
+        unlearn(ddpm(), **digits | data).save(tmp_path / name)
+    assert_same_weights(tmp_path / "folders", tmp_path / "pictures", UNET)
+    assert_same_weights(tmp_path / "folders", tmp_path / "tables", UNET)
+
+
+def test_pairs_of_image_and_prompt(captioned, captioned_folder, stable_diffusion, pipeline_folder, tmp_path):
+    lines = read_metadata(captioned_folder)
+    opened = [(Image.open(captioned_folder / line["file_name"]), line["text"], line["forget"]) for line in lines]
+    keep = [(image, text) for image, text, forget in opened if not forget]
+    forget = [image for image, _, forget in opened if forget]
+    other = StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    options = {name: value for name, value in captioned.items() if name != "keep"} | {"use_lora": True}
+    unlearn(stable_diffusion, forget, keep, prompts=SECRET, **options).save(tmp_path / "by_prompts")
+    unlearn(other, [(image, SECRET) for image in forget], keep, **options).save(tmp_path / "by_pairs")
+    assert_same_weights(tmp_path / "by_prompts", tmp_path / "by_pairs", LORA)
+
+
+def test_twice_in_a_process_and_in_a_running_event_loop(digits, tmp_path):
+    """As in a notebook: nothing of the first call is left for the second, nor anything that belongs to others."""
+
+    async def cell() -> Outcome:
+        return unlearn(ddpm(), **digits)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    root_handlers = list(logging.getLogger().handlers)
+    first = unlearn(ddpm(), **digits).save(tmp_path / "first")
+    second = asyncio.run(cell()).save(tmp_path / "second")
+    assert_same_weights(first, second, UNET)
+    assert not AcceleratorState._shared_state
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert logging.getLogger().handlers == root_handlers
+
+
+def test_an_output_dir_is_that_of_the_script_and_resumes(digits, tmp_path):
+    out = tmp_path / "out"
+    unlearn(ddpm(), **digits | {"max_train_steps": 4}).save(tmp_path / "whole")
+    unlearn(ddpm(), **digits, output_dir=str(out), checkpointing_steps=2)
+    assert (out / "checkpoint-2").is_dir() and (out / UNET).is_file()
+    more = {"max_train_steps": 4, "output_dir": str(out), "resume_from_checkpoint": "latest"}
+    unlearn(ddpm(), **digits | more)
+    assert_same_weights(out, tmp_path / "whole", UNET)
+
+
+@pytest.mark.slow
+def test_images_to_keep_are_sampled_where_none_are_given(tmp_path):
+    """The memorized picture is not among them: a third to all of the samples are."""
+    pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD)
+    forget = [Image.fromarray(memorized_image())]
+    options = {"num_inference_steps": 20, "guidance_scale": 3.0, "eval_batch_size": 64}
+    outcome = unlearn(pipeline, forget, prompts=FLOWER_CAPTION, use_lora=True, **SHORT, **options)
+    counts = outcome.record["data"]
+    assert counts["forget"] == 1 and 4 <= counts["keep"] <= 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"keep": None}, "nothing to keep: give `keep`"),
+        ({"forget": None}, "nothing to forget: give `forget`"),
+        ({"forget": None, "keep": None}, "nothing to forget"),
+        ({"forget": 3}, "forget must be a folder"),
+        ({"keep": ["a.png"]}, r"keep\[0\] is neither a PIL image"),
+        ({"keep": "no/such/folder"}, "keep: no folder no/such/folder"),
+        ({"forget": []}, "the forget set is empty"),
+        ({"learning_rat": 1}, "there is no setting 'learning_rat'"),
+        ({"use_lora": True}, "there is no setting 'use_lora' for this model"),
+        ({"max_train_steps": 0}, "max_train_steps must be a whole number of at least 1, not 0"),
+        ({"method": "forget_it"}, "method must be one of naive_deletion"),
+        ({"use_ema": "yes"}, "use_ema must be True or False"),
+        ({"method": "neggrad", "forget_scale": 1.0}, "--forget_scaling and --forget_scale do not apply"),
+        ({"resolution": 9}, "--resolution 9 cannot be used"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_used_is_refused_in_a_sentence(arguments, expected, digits):
+    pipeline = ddpm()
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    with pytest.raises(UsageError, match=expected) as refusal:
+        unlearn(pipeline, **digits | arguments)
+    assert "\n" not in str(refusal.value)
+    assert all(value.equal(before[name]) for name, value in pipeline.unet.state_dict().items())
+
+
+def test_a_pipeline_of_no_family_is_refused(stable_diffusion):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    other = StableDiffusionImg2ImgPipeline(**stable_diffusion.components, requires_safety_checker=False)
+    with pytest.raises(UsageError, match="StableDiffusionImg2ImgPipeline, which is not supported"):
+        unlearn(other, [], [])

@@ -1,0 +1,130 @@
+"""Both families run one loop: what had drifted apart between the scripts is the same in both."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
+
+import train_siss_sd
+import train_siss_unconditional
+from siss_diffusers.errors import RunError
+from siss_diffusers.metrics.copies import DETECTOR_SIZE, CopyDetectors
+from siss_diffusers.noising import GaussianPath, loss_weights, min_snr_weight
+from siss_diffusers.settings import UnconditionalSettings
+from siss_diffusers.training.problem import Problem
+from siss_diffusers.training.state import Progress
+from tests.helpers.commands import assert_refused, to_argv
+from tests.helpers.runs import UNET, read_log
+
+
+VALIDATION = {"--num_validation_images": "2", "--eval_batch_size": "2"}
+
+
+def test_copies_are_judged_at_one_size(base_args, tmp_path, monkeypatch):
+    """That of `siss evaluate`, whatever the resolution of the model; full size once, in one script."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=96,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(4, 4),
+        norm_num_groups=2,
+        attention_head_dim=2,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "large")
+    sizes, calibrated = [], CopyDetectors.calibrated.__func__
+
+    def spy(cls, references, keep):
+        sizes.extend([references.shape[-1], keep.shape[-1]])
+        return calibrated(cls, references, keep)
+
+    monkeypatch.setattr(CopyDetectors, "calibrated", classmethod(spy))
+    flags = {"--pretrained_model_name_or_path": str(tmp_path / "large"), "--validation_steps": "1"}
+    flags |= {"--ddpm_num_inference_steps": "1", "--max_train_steps": "1", "--train_batch_size": "2"}
+    train_siss_unconditional.main(to_argv(base_args | flags | VALIDATION))
+    assert sizes == [DETECTOR_SIZE, DETECTOR_SIZE]
+
+
+@pytest.mark.parametrize("script", ["sd", "unconditional"])
+def test_epochs_of_validation_may_end_a_run(script, base_args, lora_args, tmp_path):
+    """No copy is among these samples, so the first look ends the run: after a pass over the keep set."""
+    steps = "--ddpm_num_inference_steps" if script == "unconditional" else "--num_inference_steps"
+    flags = {"--validation_epochs": "1", "--stop_when_forgotten": None, "--max_train_steps": "9", steps: "1"}
+    if script == "unconditional":
+        train_siss_unconditional.main(to_argv(base_args | {"--train_batch_size": "12"} | flags | VALIDATION))
+    else:
+        train_siss_sd.main(to_argv(lora_args | {"--train_batch_size": "10"} | flags | VALIDATION))
+    (look,) = [json.loads(line) for line in (tmp_path / "out" / "validation_log.jsonl").read_text().splitlines()]
+    assert look["step"] == 2 and look["copy_share"] == 0
+    assert len(read_log(tmp_path / "out")) == 2
+
+
+def test_losses_are_weighted_by_one_rule():
+    alphas = torch.tensor([0.9, 0.5, 0.1])
+    sigmas, timesteps = (1 - alphas**2).sqrt(), torch.tensor([2, 0])
+    paths = {name: GaussianPath(alphas, sigmas, torch.arange(3), name) for name in ("epsilon", "sample")}
+    assert loss_weights(paths["epsilon"], timesteps, None) is None
+    snr = (alphas / sigmas)[timesteps] ** 2
+    torch.testing.assert_close(loss_weights(paths["sample"], timesteps, None), snr)
+    for name, path in paths.items():
+        expected = min_snr_weight(name, alphas[timesteps], sigmas[timesteps], 5.0)
+        torch.testing.assert_close(loss_weights(path, timesteps, 5.0), expected)
+
+
+@pytest.mark.parametrize("script", ["sd", "unconditional"])
+@pytest.mark.parametrize(
+    "flags", [{"--prediction_type": "sample"}, {"--snr_gamma": "0.01"}], ids=["sample", "snr_gamma"]
+)
+def test_both_scripts_weight_their_losses(script, flags, base_args, full_args, tmp_path):
+    args, main = (
+        (base_args, train_siss_unconditional.main) if script == "unconditional" else (full_args, train_siss_sd.main)
+    )
+    args |= {"--max_train_steps": "1", "--learning_rate": "0", "--train_batch_size": "8"}
+    for name, more in (("plain", {}), ("out", flags)):
+        main(to_argv(args | more | {"--output_dir": str(tmp_path / name)}))
+    plain, weighted = (read_log(tmp_path / name)[0] for name in ("plain", "out"))
+    assert weighted["grad_norm_keep"] != pytest.approx(plain["grad_norm_keep"], rel=1e-3)
+
+
+def test_neighbors_are_searched_before_the_network_is_read(full_args, pipeline_folder, tmp_path, capfd):
+    """Too few of them are refused without its weights: those of this model cannot be read."""
+    model = shutil.copytree(pipeline_folder, tmp_path / "model")
+    (model / UNET).write_bytes(b"torn")
+    flags = {
+        "--pretrained_model_name_or_path": str(model),
+        "--method": "retrack",
+        "--method_args": "num_neighbors=500",
+    }
+    assert_refused(train_siss_sd.main, full_args | flags, "num_neighbors=500: there are only", tmp_path, capfd)
+
+
+@pytest.mark.parametrize("script", ["sd", "unconditional"])
+def test_a_replaced_prediction_type_is_saved_with_the_pipeline(script, base_args, full_args, tmp_path):
+    """Sampled as it was trained: a result with the base's prediction type would draw noise."""
+    args, main = (
+        (base_args, train_siss_unconditional.main) if script == "unconditional" else (full_args, train_siss_sd.main)
+    )
+    main(to_argv(args | {"--prediction_type": "v_prediction"}))
+    saved = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["prediction_type"] == "v_prediction"
+
+
+def test_too_many_skipped_steps_end_the_run_with_a_sentence():
+    problem = object.__new__(Problem)
+    problem.planned_windows = 7
+    with pytest.raises(RunError, match="5 steps were skipped"):
+        problem.next_window(UnconditionalSettings(), Progress(window=7, skipped_steps=5))
+
+
+def test_both_logs_tell_the_decay_of_the_average(base_args, full_args, tmp_path):
+    train_siss_unconditional.main(to_argv(base_args | {"--use_ema": None, "--output_dir": str(tmp_path / "ddpm")}))
+    train_siss_sd.main(to_argv(full_args | {"--use_ema": None}))
+    for folder in ("ddpm", "out"):
+        assert "ema_decay" in read_log(tmp_path / folder)[-1]
+        assert load_file(tmp_path / folder / UNET)
