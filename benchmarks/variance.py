@@ -190,14 +190,14 @@ class Engine:
     def __init__(self, network: Callable, parameters: Iterable[torch.nn.Parameter]) -> None:
         self.network = network
         self.gradients = PairedGradients(parameters, Rule(lambda products: (1.0, 0.0)))
-        self.size = len(self.gradients.keep)
+        self.size = len(self.gradients.buffers.keep)
 
     def __call__(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Overwritten by the next call."""
         self.gradients.compute([rows], lambda group: self.network(group.noisy, group.timesteps).sample)
         # The engine leaves the keep side in these units, and the forget side as it was accumulated.
-        self.gradients.forget.mul_(rows.noisy.shape[1:].numel() / rows.num_pairs)
-        return self.gradients.keep, self.gradients.forget
+        self.gradients.buffers.forget.mul_(rows.noisy.shape[1:].numel() / rows.num_pairs)
+        return self.gradients.buffers.keep, self.gradients.buffers.forget
 
 
 def group_gram(sums: Tensor) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Every family of pipelines is one file here and one line in `FAMILIES`."""
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.families.base import Conditions, Family, Sampling
-from siss_diffusers.families.sources import LoadedPipeline, NamedPipeline, PipelineSource
+from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling
+from siss_diffusers.families.sources import LoadedPipeline, NamedPipeline
 from siss_diffusers.families.stable_diffusion import StableDiffusion
 from siss_diffusers.families.unconditional import Unconditional
 

@@ -4,16 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from siss_diffusers.noising import GaussianPath
-
-
-if TYPE_CHECKING:
-    from siss_diffusers.families.sources import PipelineSource
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,38 @@ class Sampling:
     seed: int = 0
 
 
+class PipelineSource(Protocol):
+    """Reads a pipeline in parts, so that a bad configuration is refused before any weights are read.
+
+    Attributes:
+        flag: where the name comes from, for messages.
+        pipeline_config: the content of `model_index.json`.
+        is_ours: whether nobody else uses the pipelines that it loads, so that parts of them can be freed.
+    """
+
+    flag: str
+    pipeline_config: dict
+    is_ours: bool
+
+    def component_config(self, component: str) -> dict:
+        """Read the configuration of a component."""
+
+    def load_without_network(self, family: "Family") -> Any:
+        """Load the pipeline in float32, its network left out."""
+
+    def load_network(self, family: "Family", pipeline) -> None:
+        """Load the network in float32 into the pipeline."""
+
+    def load_with_network(self, family: "Family", network: Any) -> Any:
+        """Load the pipeline around a trained network, to be saved."""
+
+    def network_skeleton(self, family: "Family") -> nn.Module:
+        """Return the network for a look at its layers; its weights may be missing."""
+
+    def describe(self) -> str:
+        """Return the name for messages."""
+
+
 @dataclass(frozen=True)
 class Family(ABC):
     """A kind of pipeline. It holds no weights: pipelines are passed in.
@@ -104,7 +132,7 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def from_source(cls, source: "PipelineSource", resolution: int | None = None) -> "Family":
+    def from_source(cls, source: PipelineSource, resolution: int | None = None) -> "Family":
         """Read the configurations of a pipeline, before any weights.
 
         Args:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,38 +16,6 @@ from siss_diffusers.families.trust import load_pipeline_config, loading
 
 # Loaded as None in training: they are not needed, and a picture that the checker blacks out could not be compared.
 NOT_IN_TRAINING = ("safety_checker", "feature_extractor", "image_encoder")
-
-
-class PipelineSource(Protocol):
-    """Reads a pipeline in parts, so that a bad configuration is refused before any weights are read.
-
-    Attributes:
-        flag: where the name comes from, for messages.
-        pipeline_config: the content of `model_index.json`.
-        is_ours: whether nobody else uses the pipelines that it loads, so that parts of them can be freed.
-    """
-
-    flag: str
-    pipeline_config: dict
-    is_ours: bool
-
-    def component_config(self, component: str) -> dict:
-        """Read the configuration of a component."""
-
-    def load_without_network(self, family: Family) -> Any:
-        """Load the pipeline in float32, its network left out."""
-
-    def load_network(self, family: Family, pipeline) -> None:
-        """Load the network in float32 into the pipeline."""
-
-    def load_with_network(self, family: Family, network: Any) -> Any:
-        """Load the pipeline around a trained network, to be saved."""
-
-    def network_skeleton(self, family: Family) -> nn.Module:
-        """Return the network for a look at its layers; its weights may be missing."""
-
-    def describe(self) -> str:
-        """Return the name for messages."""
 
 
 @dataclass

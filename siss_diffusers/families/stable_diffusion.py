@@ -5,18 +5,14 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.families.base import Conditions, Family, Sampling, silenced
+from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling, silenced
 from siss_diffusers.families.sampling import sample_in_batches
 
-
-if TYPE_CHECKING:
-    from siss_diffusers.families.sources import PipelineSource
 
 EMBEDDING_BATCH = 32
 
@@ -36,7 +32,7 @@ class StableDiffusion(Family):
         return pipeline_config["_class_name"] == "StableDiffusionPipeline"
 
     @classmethod
-    def from_source(cls, source: "PipelineSource", resolution: int | None = None) -> "StableDiffusion":
+    def from_source(cls, source: PipelineSource, resolution: int | None = None) -> "StableDiffusion":
         unet_config, vae_config = source.component_config("unet"), source.component_config("vae")
         side = choose_resolution(resolution, unet_config, vae_config)
         channels, latent_channels = unet_config["in_channels"], vae_config["latent_channels"]

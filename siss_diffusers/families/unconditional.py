@@ -2,18 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.families.base import Conditions, Family, Sampling
+from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling
 from siss_diffusers.families.sampling import sample_in_batches
-
-
-if TYPE_CHECKING:
-    from siss_diffusers.families.sources import PipelineSource
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class Unconditional(Family):
         return components == {"unet", "scheduler"} and pipeline_config["unet"][1] == "UNet2DModel"
 
     @classmethod
-    def from_source(cls, source: "PipelineSource", resolution: int | None = None) -> "Unconditional":
+    def from_source(cls, source: PipelineSource, resolution: int | None = None) -> "Unconditional":
         config = source.component_config("unet")
         channels = config["in_channels"]
         if channels not in (1, 3) or config["out_channels"] != channels:

@@ -36,12 +36,12 @@ class Settings:
     default_learning_rate: ClassVar[float] = 5e-6
     default_steps: ClassVar[int] = 60
     calibrates_by_default: ClassVar[bool] = False
-    # Settings of some families only.
-    save_images_epochs: ClassVar[int | None] = None
-    preserve_input_precision: ClassVar[bool] = False
-    guidance_scale: ClassVar[float] = 1.0
-    validation_prompts: ClassVar[tuple[str, ...]] = ()
-    non_ema_revision: ClassVar[str | None] = None
+    # Settings of some families only, and so no fields here.
+    save_images_epochs = None
+    preserve_input_precision = False
+    guidance_scale = 1.0
+    validation_prompts = ()
+    non_ema_revision = None
 
     # fmt: off
     pretrained_model_name_or_path: str = setting("", "The pipeline: a folder, or a name on the Hub.")

@@ -153,10 +153,10 @@ def test_no_second_copy_of_the_gradient_without_need(scaling):
     engine = PairedGradients(net.parameters(), scaling_rule(scaling, SCALINGS[scaling]))
     size = sum(parameter.numel() for parameter in trainable(net))
     assert engine.mode == MODES[scaling]
-    assert engine.flat.numel() == (2 if engine.mode == "paired" else 1) * size + len(STATS)
+    assert engine.buffers.flat.numel() == (2 if engine.mode == "paired" else 1) * size + len(STATS)
     engine.compute(window_of(draw_query(), 12), predictor(net))
     storages = {parameter.grad.untyped_storage().data_ptr() for parameter in trainable(net)}
-    assert storages == {engine.flat.untyped_storage().data_ptr()}
+    assert storages == {engine.buffers.flat.untyped_storage().data_ptr()}
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -165,7 +165,7 @@ def test_one_collective_a_step_or_two_where_the_forget_gradient_comes_first(scal
     engine = PairedGradients(net.parameters(), scaling_rule(scaling, SCALINGS[scaling]), reduce=reduced.append)
     engine.compute(window_of(draw_query(), 4, 4, 4), predictor(net))
     assert len(reduced) == (2 if engine.mode == "forget_first" else 1)
-    assert all(tensor.numel() == engine.flat.numel() for tensor in reduced)
+    assert all(tensor.numel() == engine.buffers.flat.numel() for tensor in reduced)
 
 
 def test_a_step_with_a_lagged_scale_reduces_one_gradient():

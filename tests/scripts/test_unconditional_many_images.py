@@ -11,9 +11,9 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-import train_siss_unconditional
 from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.data.images import Images
+from siss_diffusers.training import training_set
 from tests.helpers.commands import assert_refused, to_argv
 from tests.helpers.pictures import write_images
 from tests.helpers.runs import assert_same_gradients, read_log, without_times
@@ -92,8 +92,8 @@ class TestManyImages:
     )
     def test_a_copy_is_compared_once_and_used_never(self, flags, many, opened, tmp_path, monkeypatch):
         """Copies are opened twice, by the comparison; what is used is loaded once more."""
-        monkeypatch.setattr(train_siss_unconditional, "MAX_NEIGHBOR_CANDIDATES", 300)
-        monkeypatch.setattr(train_siss_unconditional, "MAX_DETECTOR_IMAGES", 300)
+        monkeypatch.setattr(training_set, "MAX_NEIGHBOR_CANDIDATES", 300)
+        monkeypatch.setattr(training_set, "MAX_KEEP_IMAGES", 300)
         main(to_argv(many | flags))
         times = Counter(opened)
         copies = [row for row in times if row % 10 == 0]

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 
 from siss_diffusers.errors import RunError, UsageError
-from siss_diffusers.storage import checkpoints
+from siss_diffusers.storage import tensors as tensors_module
 from siss_diffusers.storage.checkpoints import (
     MANIFEST,
     damage,
@@ -24,7 +24,7 @@ from tests.helpers.paths import TINY_MODEL
 
 @pytest.mark.parametrize("file_bytes", [2**30, 100], ids=["one file", "several files"])
 def test_optimizer_state_comes_back_bit_for_bit(file_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "MAX_FILE_BYTES", file_bytes)
+    monkeypatch.setattr(tensors_module, "MAX_FILE_BYTES", file_bytes)
     model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.randn(2, 3, 5, 5)).square().sum().backward()
@@ -47,7 +47,7 @@ def test_optimizer_state_comes_back_bit_for_bit(file_bytes, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("file_bytes", [2**30, 100], ids=["one file", "several files"])
 def test_diffusers_reads_the_files_and_rows_can_be_read_alone(file_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "MAX_FILE_BYTES", file_bytes)
+    monkeypatch.setattr(tensors_module, "MAX_FILE_BYTES", file_bytes)
     unet = UNet2DModel.from_pretrained(TINY_MODEL, subfolder="unet")
     unet.save_config(tmp_path)
     write_tensors(tmp_path, "diffusion_pytorch_model", unet.state_dict())
