@@ -1,12 +1,14 @@
 """The evaluator: what it asks of every model, in which order, and what it says where it cannot measure."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.evaluation import Networks, measure
 from siss_diffusers.metrics import METRICS, PROBES, Metric, Probe, Skip
-from tests.helpers.evaluating import digits_evaluator, flowers_evaluator, load_digits, load_flowers
+from tests.helpers.evaluating import digits_evaluator, flowers_evaluator, load_digits, load_flowers, only_entries
 
 
 def entry(key: str, measure, kind=Metric, **options) -> Metric:
@@ -14,18 +16,10 @@ def entry(key: str, measure, kind=Metric, **options) -> Metric:
 
 
 @pytest.fixture
-def only(monkeypatch):
-    """Replaces all metrics and probes."""
-
-    def replace(*entries) -> None:
-        for table, kind in ((METRICS, Metric), (PROBES, Probe)):
-            for key in [*table]:
-                monkeypatch.delitem(table, key)
-            for new in entries:
-                if isinstance(new, kind):
-                    monkeypatch.setitem(table, new.key, new)
-
-    return replace
+def only():
+    """Replaces all metrics and probes by those that it is called with."""
+    with ExitStack() as stack:
+        yield lambda *entries: stack.enter_context(only_entries(*entries))
 
 
 def test_a_metric_that_changes_the_model_comes_last(only):

@@ -1,4 +1,7 @@
-"""Evaluators of the shipped tiny models, on a few real pictures."""
+"""Evaluators of the shipped tiny models, on a few real pictures, and other metrics than the real ones."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers import DDPMPipeline, StableDiffusionPipeline
@@ -7,6 +10,7 @@ from siss_diffusers.assets.captioned import DIGIT_CAPTIONS, FLOWER_CAPTION, flow
 from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.evaluation import EvaluationData, EvaluationSettings, Evaluator, Networks
 from siss_diffusers.families import NamedPipeline, StableDiffusion, Unconditional
+from siss_diffusers.metrics import METRICS, PROBES, Entry, Metric, Probe
 from tests.helpers.paths import TINY_MODEL, TINY_SD
 
 
@@ -44,3 +48,18 @@ def flowers_evaluator(networks: Networks | None = None, ordinary=DIGIT_CAPTIONS[
 
 def load_flowers() -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(TINY_SD)
+
+
+@contextmanager
+def only_entries(*entries: Entry) -> Iterator[None]:
+    """Replace all metrics and probes, and restore them in their order."""
+    tables = [(METRICS, Metric, dict(METRICS)), (PROBES, Probe, dict(PROBES))]
+    for table, kind, _ in tables:
+        table.clear()
+        table.update({entry.key: entry for entry in entries if isinstance(entry, kind)})
+    try:
+        yield
+    finally:
+        for table, _, content in tables:
+            table.clear()
+            table.update(content)
