@@ -16,7 +16,8 @@ from siss_diffusers.families import Family, NamedPipeline, PipelineSource, find_
 from siss_diffusers.gradients.engine import PairedGradients
 from siss_diffusers.outcome import Outcome
 from siss_diffusers.settings import Settings, resolve
-from siss_diffusers.training.adapters import LORA_FILE, check_target_modules
+from siss_diffusers.storage.files import LORA_FILE
+from siss_diffusers.training.adapters import check_target_modules
 from siss_diffusers.training.network import TrainedNetwork
 from siss_diffusers.training.output_dir import check_output_dir
 from siss_diffusers.training.problem import Problem

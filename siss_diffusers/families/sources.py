@@ -12,6 +12,7 @@ from torch import nn
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Family
 from siss_diffusers.families.trust import load_pipeline_config, loading
+from siss_diffusers.storage.files import LORA_FILE
 
 
 # Loaded as None in training: they are not needed, and a picture that the checker blacks out could not be compared.
@@ -40,9 +41,7 @@ class NamedPipeline:
     @cached_property
     def pipeline_config(self) -> dict:
         folder = Path(self.name)
-        is_adapter = any(
-            (folder / file).exists() for file in ("pytorch_lora_weights.safetensors", "adapter_config.json")
-        )
+        is_adapter = any((folder / file).exists() for file in (LORA_FILE, "adapter_config.json"))
         if is_adapter and not (folder / "model_index.json").exists():
             raise UsageError(f"{self.flag}: {self.name} is an adapter; name the pipeline that it was trained on")
         return load_pipeline_config(self.name, self.flag, revision=self.revision, cache_dir=self.cache_dir)

@@ -9,10 +9,11 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 
-from siss_diffusers.hub.contents import LORA_FILE, read_components
+from siss_diffusers.hub.contents import read_components
 from siss_diffusers.methods import METHODS
 from siss_diffusers.metrics import METRICS, Metric
 from siss_diffusers.metrics.formats import interval_percent, percent
+from siss_diffusers.storage.files import LORA_FILE
 
 
 logger = logging.getLogger(__name__)

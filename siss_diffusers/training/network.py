@@ -16,8 +16,9 @@ from siss_diffusers.families import Conditions, Family, PipelineSource
 from siss_diffusers.gradients import PairedGradients, StepStats
 from siss_diffusers.gradients.buffers import local
 from siss_diffusers.settings import Settings
+from siss_diffusers.storage.files import LORA_FILE
 from siss_diffusers.storage.sharding import is_sharded, load_model, reshard, save_model, save_pipeline
-from siss_diffusers.training.adapters import LORA_FILE, add_lora, load_lora, save_lora
+from siss_diffusers.training.adapters import add_lora, load_lora, save_lora
 from siss_diffusers.training.engines import callable_network, make_optimizer, take_step
 
 

@@ -216,7 +216,7 @@ class Run:
             return
         if self.stop_requested:
             print(
-                f"Saved and not pushed, for a signal came first: {push_again_command(self.output_dir, self.repo_id)}"
+                f"Saved, but not pushed, because a signal came first: {push_again_command(self.output_dir, self.repo_id)}"
             )
             raise Interrupted(self.stop_signal.number)
         logger.info(push_run(self.output_dir, self.repo_id, self.settings.hub_token))

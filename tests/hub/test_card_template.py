@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from siss_diffusers.hub.card import render_card
-from siss_diffusers.hub.contents import LORA_FILE
 from siss_diffusers.methods import METHODS
 from siss_diffusers.metrics import METRICS, Metric
 from siss_diffusers.metrics.formats import percent
+from siss_diffusers.storage.files import LORA_FILE
 
 
 REPORT = {

@@ -30,7 +30,6 @@ from transformers import (
 from siss_diffusers.assets.make_tiny_sd import make_tokenizer
 from siss_diffusers.errors import UsageError
 from siss_diffusers.hub.contents import (
-    LORA_FILE,
     list_model_files,
     model_uploads,
     public_file_names,
@@ -38,6 +37,7 @@ from siss_diffusers.hub.contents import (
     read_run,
     weights_digest,
 )
+from siss_diffusers.storage.files import LORA_FILE
 
 
 SMALL = {

@@ -5,12 +5,11 @@ import sys
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
-from siss_diffusers.hub.contents import LORA_FILE
-from siss_diffusers.training import adapters
+from siss_diffusers.storage.files import LORA_FILE
 
 
 def test_the_name_of_an_adapter_is_that_of_diffusers():
-    assert LORA_FILE == LORA_WEIGHT_NAME_SAFE == adapters.LORA_FILE
+    assert LORA_FILE == LORA_WEIGHT_NAME_SAFE
 
 
 def test_what_is_imported():
