@@ -71,6 +71,11 @@ def unlearn(
         settings["train_data_dir"] = str(keep)  # what `forget_files` are names within
     chosen, method, rule = resolve(settings_class.from_values({"report_to": "none"} | settings))
     family = family_class.from_source(source, chosen.resolution)
+    if getattr(family.network(pipeline), "peft_config", None):
+        raise UsageError(
+            "pipeline: an adapter is loaded in it; take it off by pipeline.unload_lora_weights(), or make it part of the"
+            " weights by pipeline.fuse_lora() first"
+        )
     chosen = with_family_defaults(chosen, family, source)
     temporary = None if "output_dir" in settings else TemporaryDirectory(prefix="siss-")
     if temporary is None:

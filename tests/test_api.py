@@ -213,6 +213,14 @@ def test_files_and_arguments_of_the_method_by_name(digits):
     assert outcome.record["data"]["forget"] == 1 and outcome.record["method_args"] == {"lam": 0.25}
 
 
+def test_an_adapter_that_is_loaded_already_is_not_trained_over(captioned, stable_diffusion):
+    outcome = unlearn(stable_diffusion, **captioned, use_lora=True)
+    with pytest.raises(UsageError, match="an adapter is loaded in it; take it off"):
+        unlearn(outcome.pipeline, **captioned, use_lora=True)
+    outcome.pipeline.unload_lora_weights()
+    unlearn(outcome.pipeline, **captioned, use_lora=True)
+
+
 def test_a_pipeline_of_no_family_is_refused(stable_diffusion):
     from diffusers import StableDiffusionImg2ImgPipeline
 
