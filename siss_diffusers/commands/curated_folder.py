@@ -66,17 +66,15 @@ def read_metadata(folder: Path) -> list[dict]:
     file = folder / "metadata.jsonl"
     if not file.exists():
         raise UsageError(f"--output_dir: no metadata.jsonl in {folder}; run `siss curate` with --prompts first")
-    from siss_diffusers.data.forget_set import NO, YES, spelled
     from siss_diffusers.data.text import read_text, split_lines
 
     try:
         rows = [json.loads(line) for line in split_lines(read_text(file)) if line.strip()]
         for row in rows:
-            name, forget = row["file_name"], spelled(row["forget"])
+            name, forget = row["file_name"], row["forget"]
             # The name becomes part of other files' names.
-            if not name or Path(name).name != name or forget not in YES | NO - {""}:
-                raise ValueError(f"not a file beside it and true or false: {name!r}, {row['forget']!r}")
-            row["forget"] = forget in YES
+            if not name or Path(name).name != name or not isinstance(forget, bool):
+                raise ValueError(f"not a file beside it and true or false: {name!r}, {forget!r}")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(f"--output_dir: {file} is not what `siss curate` wrote ({describe_error(error)}); repair it")
     return rows

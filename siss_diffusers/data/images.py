@@ -118,8 +118,8 @@ def tell_of_white() -> None:
 def sixteen_bits(image: Image.Image) -> Image.Image:
     """Return a picture of mode I;16, I or F as I;16: 0 is black and 65535 is white.
 
-    What is white in levels of 32 bits is told by the highest of them: 255, 65535 or 2^32 - 1 for integers; 1, 255 or
-    65535 for floating point. Only a picture that is all but black could be taken for another.
+    What is white in levels of 32 bits is told by the highest of them: 255, 65535 or, unsigned, 2^32 - 1 for integers;
+    1, 255 or 65535 for floating point. Only a picture that is all but black could be taken for another.
 
     Raises:
         ValueError: for negative levels, levels that are not finite, or floating point that has no such white.
@@ -131,14 +131,17 @@ def sixteen_bits(image: Image.Image) -> Image.Image:
             tell_of_white()
             levels = np.where(levels == transparent, np.uint16(65535), levels)
         return Image.fromarray(levels.astype(np.uint16))
-    # Pillow reads unsigned levels as signed ones; 2 is the tag's value for signed.
-    is_unsigned = image.mode == "I" and getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, 1) in (1, (1,))
-    levels = levels.view(np.uint32) if is_unsigned and image.format == "TIFF" else levels
+    is_unsigned = image.format == "TIFF" and image.tag_v2.get(SAMPLE_FORMAT, (1,)) in (1, (1,))
+    if image.mode == "I" and is_unsigned:
+        levels = levels.view(np.uint32)  # which Pillow reads as signed ones
     lowest, highest = float(levels.min()), float(levels.max())
     scale = None
-    if image.mode == "I":
-        whites = [65535] if image.format in ("PPM", "PNG") else [255, 65535, 2**32 - 1]
-        scale = next((65535 / white for white in whites if highest <= white), None)
+    if image.mode == "I" and image.format in ("PPM", "PNG"):
+        scale = 1
+    elif image.mode == "I" and highest <= 65535:
+        scale = 257 if highest <= 255 else 1
+    elif image.mode == "I":
+        scale = 2**-16 if is_unsigned else None
     elif highest <= 1:
         scale = 65535
     elif 16 <= highest <= 65535:
@@ -147,7 +150,7 @@ def sixteen_bits(image: Image.Image) -> Image.Image:
         raise ValueError(
             f"its levels run from {lowest:g} to {highest:g}, which does not say what is white; save it with 8 or 16 bits"
         )
-    levels = np.floor(levels * np.float64(scale) + 0.5)
+    levels = np.floor(levels * np.float64(scale) + (0.5 if scale >= 1 else 0))
     return Image.fromarray(levels.astype(np.uint16))
 
 
