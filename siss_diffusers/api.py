@@ -126,7 +126,7 @@ def given_rows(
         if indices is None:
             raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
         return GivenRows(train, forget_indices=indices)
-    to_forget = rows_of(forget, "forget", captions, prompts, settings.cache_dir)
+    to_forget = rows_of(forget, "forget", captions, prompts, settings.cache_dir, every_file=True)
     if keep is None and not family.has_prompts:
         raise UsageError("nothing to keep: give `keep`, for an unconditional model cannot sample it for a prompt")
     if keep is None:

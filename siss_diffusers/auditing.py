@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from siss_diffusers.curation import sample_prompt
+from siss_diffusers.data.folders import describe_passed_over, list_folder, refuse_archives
 from siss_diffusers.data.images import ImageTransform, read_image
 from siss_diffusers.errors import UsageError, describe_error
 from siss_diffusers.families import Family, Sampling
@@ -25,10 +25,12 @@ class TrainingImages:
     Args:
         names: of their files.
         pictures: `(N, 3, H, W)` in [0, 1], at the size at which copies are looked for.
+        passed_over: how many files of what kind were not read, as a text; empty for none.
     """
 
     names: Sequence[str]
     pictures: Tensor
+    passed_over: str = ""
 
     def best_match(self, samples: Tensor) -> tuple[float, str]:
         """Return the highest correlation of a sample `(N, 3, H, W)` with a training image, and the name of its file."""
@@ -48,18 +50,19 @@ def load_training_images(folder: str, resolution: int, flag: str = "--train_data
     Raises:
         UsageError: for a folder without images, or an image that cannot be read.
     """
-    suffixes = set(Image.registered_extensions())
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in suffixes)
-    if not files:
+    files = list_folder(flag, folder)
+    refuse_archives(flag, files)
+    if not files.images:
         raise UsageError(f"{flag}: no images in {folder}")
     transform = ImageTransform(channels=3, resolution=resolution, center_crop=True, random_flip=False)
     pictures = []
-    for file in files:
+    for file in files.images:
         try:
             pictures.append(for_detectors(transform(read_image(file))[None] / 2 + 0.5)[0])
         except ValueError as error:
             raise UsageError(f"{flag}: cannot read {file} ({describe_error(error)}); repair or remove it")
-    return TrainingImages([file.relative_to(folder).as_posix() for file in files], torch.stack(pictures))
+    names = [Path(file).relative_to(files.root).as_posix() for file in files.images]
+    return TrainingImages(names, torch.stack(pictures), describe_passed_over(files))
 
 
 def self_similarity(images: Tensor) -> float | None:

@@ -89,22 +89,24 @@ def gather_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def read_captions(dataset_name: str, caption_column: str, cache_dir: str | None) -> list[str]:
-    """Return the captions of a data set.
+    """Return the captions of a data set, of several for an image each.
 
     Raises:
         UsageError: if it cannot be loaded, or has no such column of texts.
     """
-    import datasets
-
+    from siss_diffusers.data.captions import every_text_of
     from siss_diffusers.data.sources import load_rows
 
-    rows = load_rows("--dataset_name", dataset_name, cache_dir=cache_dir)
-    if not isinstance(rows.features.get(caption_column), datasets.Value):
+    loaded = load_rows("--dataset_name", dataset_name, cache_dir=cache_dir)
+    if loaded.passed_over:
+        announce(f"--dataset_name: passed over {loaded.passed_over}")
+    captions = every_text_of(loaded.rows, caption_column) if caption_column in loaded.rows.features else []
+    if not captions:
         raise UsageError(
             f"--caption_column: {dataset_name} has no column of texts {caption_column!r}, only"
-            f" {', '.join(rows.features)}"
+            f" {', '.join(loaded.rows.features)}"
         )
-    return [caption for caption in rows[caption_column] if isinstance(caption, str)]
+    return captions
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -252,6 +254,8 @@ def measure_prompts(
     if args.train_data_dir is not None:
         training = load_training_images(args.train_data_dir, family.resolution)
         announce(f"Comparing with {count_of(len(training.names), 'training image')} in {args.train_data_dir}")
+        if training.passed_over:
+            announce(f"--train_data_dir: passed over {training.passed_over}")
     state, sampling = PartialState(), sampling_settings(args)
     pipeline = load_pipeline(source, family, args.dtype, args.adapter)
     warn_of_long_prompts(family, pipeline, prompts)

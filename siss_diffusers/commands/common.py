@@ -138,10 +138,12 @@ def read_prompts(flag: str, prompts: Sequence[str] | None, file: str | None) -> 
     Raises:
         UsageError: if the file cannot be read.
     """
+    from siss_diffusers.data.text import read_prompt_lines
+
     lines = []
     if file is not None:
         try:
-            lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{flag}_file: cannot read {file} ({error})")
-    return list(dict.fromkeys([*(prompts or []), *filter(None, lines)]))
+            lines = read_prompt_lines(file)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{flag}_file: cannot read {file} ({describe_error(error)})")
+    return list(dict.fromkeys([*(prompts or []), *lines]))

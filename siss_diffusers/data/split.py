@@ -1,8 +1,10 @@
 """The split of a data set into what to keep and what to forget."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
+import datasets
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -12,6 +14,9 @@ from siss_diffusers.data.images import Images, ImageTransform
 from siss_diffusers.data.keep_order import KeepOrder, digest_images
 from siss_diffusers.data.sources import ImageRows, load_image_rows
 from siss_diffusers.errors import UsageError
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,19 +84,38 @@ class DataSource:
             if self.forget_data_dir is not None:
                 same = self.forget_data_dir == self.train_data_dir
                 column = self.image_column if same else "image"
-                return GivenRows(train, self._folder("--forget_data_dir", self.forget_data_dir, column))
-        indices = forget_rows_of(
-            train.rows, train.column, self.forget_files, self.forget_column, self.forget_value, self.train_data_dir
-        )
+                forget = self._folder("--forget_data_dir", self.forget_data_dir, column, every_file=True)
+                return GivenRows(train, forget)
+        by_column = (self.forget_column, self.forget_value)
+        indices = forget_rows_of(train.rows, train.column, self.forget_files, *by_column, self.train_data_dir)
         if indices is None:
             raise UsageError(
                 "nothing to forget: give --forget_data_dir, --forget_files or --forget_column, or a data set with a"
                 " boolean column `forget`"
             )
+        for name, rows in train.other_splits.items():
+            refuse_forget_rows(rows, name, *by_column)
         return GivenRows(train, forget_indices=indices)
 
-    def _folder(self, flag: str, folder: str, column: str) -> ImageRows:
-        return load_image_rows(flag, folder, column, is_folder=True, cache_dir=self.cache_dir)
+    def _folder(self, flag: str, folder: str, column: str, every_file: bool = False) -> ImageRows:
+        return load_image_rows(flag, folder, column, is_folder=True, every_file=every_file, cache_dir=self.cache_dir)
+
+
+def refuse_forget_rows(rows: datasets.Dataset, split: str, column: str | None, value: str | None) -> None:
+    """Refuse a split that is not used and holds rows to forget.
+
+    Raises:
+        UsageError: naming the split.
+    """
+    try:
+        marked = forget_rows_of(rows, "", None, column, value)
+    except UsageError:  # no such column or value there
+        return
+    if marked:
+        raise UsageError(
+            f"--dataset_name: {len(marked)} rows to forget are in the split {split}, of which nothing is used; move them"
+            " to the split train, or give their images by --forget_data_dir"
+        )
 
 
 @dataclass(frozen=True)
@@ -142,6 +166,9 @@ def split_data(
         raise UsageError("the forget set is empty; check --forget_data_dir, --forget_column and --forget_value")
 
     state = PartialState()
+    for rows in (given.train, given.forget):
+        if state.is_main_process and rows is not None and rows.passed_over:
+            logger.warning(f"{rows.flag}: passed over {rows.passed_over}")
     digest = partial(
         digest_images,
         process_index=state.process_index,

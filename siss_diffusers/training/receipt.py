@@ -23,7 +23,7 @@ def write_receipt(path: Path, digests: Sequence[bytes]) -> None:
         path,
         {
             "never_publish": "whoever holds this file and an image can tell whether it was forgotten",
-            "algorithm": "HMAC-SHA256 of the BLAKE2b-128 digest of the RGB pixels",
+            "algorithm": "HMAC-SHA256 of the BLAKE2b-128 digest of the size and the 8-bit RGB pixels, upright and on white",
             "key": key.hex(),
             "forgotten": [hmac.new(key, digest, hashlib.sha256).hexdigest() for digest in digests],
         },
