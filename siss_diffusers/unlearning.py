@@ -89,9 +89,9 @@ def unlearn_from_settings(settings: Settings, *, with_prompts: bool) -> Outcome:
         UsageError: naming the flag and the cure, before any weights are read.
         RunError, Interrupted: as the run ends early.
     """
-    settings, method, rule = resolve(settings)
     data = DataSource.of(settings)
     data.check()
+    settings, method, rule = resolve(settings)
     check_output_dir(settings)
     source = NamedPipeline(
         settings.pretrained_model_name_or_path,

@@ -352,7 +352,7 @@ BAD_INPUT = {
     "a target that is not there": (
         {"--use_lora": None, "--lora_target_modules": "to_q to_x"},
         None,
-        "--lora_target_modules: the UNet has no linear or convolutional layer 'to_x'",
+        "--lora_target_modules: the network has no linear or convolutional layer 'to_x'",
     ),
     "resolution": ({"--resolution": "17"}, None, "--resolution 17"),
     "flipped cache": ({"--cache_latents": None, "--random_flip": None}, None, "--cache_latents"),
