@@ -127,6 +127,8 @@ def fit(run: Run, rule: Rule, family: Family, source: PipelineSource, given: Giv
     run.set_data(training_set.parts(), counts["keep"])
     log_counts(training_set)
 
+    if run.settings.adapter is None and run.saves_model:
+        source.check_rest(family)
     pipeline = source.load_without_network(family)
     problem = prepare_problem(run, family, source, pipeline, training_set)
     network = problem.network

@@ -11,6 +11,7 @@ from torch import nn
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Family
+from siss_diffusers.families.saving import check_copyable, copy_rest
 from siss_diffusers.families.trust import load_pipeline_config, loading
 
 
@@ -40,8 +41,11 @@ class PipelineSource(Protocol):
     def load_network(self, family: Family, pipeline) -> None:
         """Load the network in float32 into the pipeline."""
 
-    def load_with_network(self, family: Family, network: Any) -> Any:
-        """Load the pipeline around a trained network, to be saved."""
+    def check_rest(self, family: Family) -> None:
+        """Check that everything but the network can be saved beside it, before any weights are read."""
+
+    def save_rest(self, family: Family, pipeline, folder: Path) -> None:
+        """Save everything of the pipeline but its network, whose folder is there, as it was."""
 
     def network_skeleton(self, family: Family) -> nn.Module:
         """Return the network for a look at its layers; its weights may be missing."""
@@ -85,6 +89,10 @@ class NamedPipeline:
         return getattr(diffusers, self.pipeline_config[component][1])
 
     def component_config(self, component: str) -> dict:
+        return self._read_config(component)[0]
+
+    def _read_config(self, component: str) -> tuple[dict, str | None]:
+        """Return the configuration of a component, and the sub-folder that it is in."""
         model_class = self.component_class(component)
         # Of a repository without sub-folders, the network's configuration is that of the repository.
         failure = None
@@ -98,7 +106,7 @@ class NamedPipeline:
                 failure = failure or error
                 continue
             if isinstance(config, dict) and config.get("_class_name") == model_class.__name__:
-                return config
+                return config, subfolder
         raise failure or UsageError(f"{self.flag}: {self.name} has no {component} of class {model_class.__name__}")
 
     def load_without_network(self, family: Family) -> Any:
@@ -109,7 +117,7 @@ class NamedPipeline:
         with loading(self.name, self.flag):
             network = self.component_class(family.network_name).from_pretrained(
                 self.name,
-                subfolder=family.network_name,
+                subfolder=self._read_config(family.network_name)[1],
                 cache_dir=self.cache_dir,
                 use_safetensors=True,
                 dtype=torch.float32,
@@ -117,8 +125,22 @@ class NamedPipeline:
             )
         pipeline.register_modules(**{family.network_name: network})
 
-    def load_with_network(self, family: Family, network: Any) -> Any:
-        return self._load({family.network_name: network})
+    @cached_property
+    def snapshot(self) -> Path:
+        """The folder of the whole pipeline, downloaded where it is on the Hub."""
+        if os.path.isdir(self.name):
+            return Path(self.name)
+        from diffusers import DiffusionPipeline
+
+        with loading(self.name, self.flag):
+            where = {"revision": self.revision, "variant": self.variant, "cache_dir": self.cache_dir}
+            return Path(DiffusionPipeline.download(self.name, use_safetensors=True, **where))
+
+    def check_rest(self, family: Family) -> None:
+        check_copyable(self.snapshot, self.pipeline_config, family.network_name, self.name, self.flag)
+
+    def save_rest(self, family: Family, pipeline, folder: Path) -> None:
+        copy_rest(self.snapshot, self.pipeline_config, family.network_name, folder, self.variant)
 
     def network_skeleton(self, family: Family) -> nn.Module:
         from accelerate import init_empty_weights
@@ -174,9 +196,14 @@ class LoadedPipeline:
         if network.dtype != torch.float32:
             network.to(torch.float32)
 
-    def load_with_network(self, family: Family, network: Any) -> Any:
-        self.pipeline.register_modules(**{family.network_name: network})
-        return self.pipeline
+    def check_rest(self, family: Family) -> None:
+        pass  # it is in memory
+
+    def save_rest(self, family: Family, pipeline, folder: Path) -> None:
+        for name, component in self.pipeline.components.items():
+            if name != family.network_name and component is not None:
+                component.save_pretrained(folder / name)
+        self.pipeline.save_config(folder)
 
     def network_skeleton(self, family: Family) -> nn.Module:
         return family.network(self.pipeline)
