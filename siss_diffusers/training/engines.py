@@ -23,6 +23,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from siss_diffusers.distributed import check_launch
 from siss_diffusers.errors import UsageError
 from siss_diffusers.gradients import PairedGradients, StepStats
 from siss_diffusers.settings import Settings
@@ -38,7 +39,8 @@ def make_accelerator(settings: Settings, output_dir: Path) -> Accelerator:
     """Make the accelerator of a run.
 
     Raises:
-        UsageError: under an engine that is not supported, or a setting that the engine does not support.
+        UsageError: under an engine that is not supported, or a setting that the engine does not support, or where the
+            processes of the launch do not know of each other.
     """
     accelerator = Accelerator(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -52,6 +54,7 @@ def make_accelerator(settings: Settings, output_dir: Path) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
+    check_launch(accelerator.num_processes)
     check_engine(settings, accelerator)
     if settings.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
