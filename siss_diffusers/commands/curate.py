@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from siss_diffusers.commands.common import (
     MODEL_FLAG,
+    add_model_arguments,
     add_sampling_arguments,
     announce,
     count_of,
@@ -34,8 +35,9 @@ from siss_diffusers.commands.curated_folder import (
     write_metadata,
 )
 from siss_diffusers.errors import UsageError
-from siss_diffusers.parsing import positive_int, unit_float
+from siss_diffusers.parsing import path, positive_int, unit_float
 from siss_diffusers.storage.files import write_json
+from siss_diffusers.storage.folders import made_folder
 
 
 if TYPE_CHECKING:
@@ -47,22 +49,26 @@ SETTINGS = ("num_images", "seed", "num_inference_steps", "guidance_scale", "reso
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `siss curate`."""
-    parser.add_argument("--output_dir", required=True, help="Where the image folder and the contact sheets go.")
     parser.add_argument(
-        MODEL_FLAG, help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or on the Hub."
+        "--output_dir", type=path, required=True, help="Where the image folder and the contact sheets go."
+    )
+    parser.add_argument(
+        MODEL_FLAG, type=path, help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or on the Hub."
     )
     parser.add_argument("--prompts", nargs="+", help="The memorized prompts.")
-    parser.add_argument("--prompts_file", help="A text file with a prompt on each line.")
-    parser.add_argument("--audit", help="The folder of a `siss audit`: its flagged prompts are curated.")
+    parser.add_argument("--prompts_file", type=path, help="A text file with a prompt on each line.")
+    parser.add_argument("--audit", type=path, help="The folder of a `siss audit`: its flagged prompts are curated.")
     parser.add_argument("--num_images", type=positive_int, default=128, help="Samples of each prompt; default: 128.")
     parser.add_argument("--num_clusters", type=positive_int, default=2, help="Clusters of k-means; default: 2.")
     parser.add_argument(
         "--reference",
+        type=path,
         help="A picture of what was memorized, for a single prompt: the cluster nearest to it is marked. Without it, the"
         " tightest cluster is.",
     )
     parser.add_argument(
         "--feature_extractor",
+        type=path,
         help="A TorchScript file of a feature extractor, such as SSCD; default: pixels, as in the SISS paper.",
     )
     parser.add_argument(
@@ -74,12 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.25,
         help="Refuse a prompt whose clusters have a mean silhouette below this; default: 0.25.",
     )
-    parser.add_argument("--cache_dir", help="Where downloaded models are kept.")
+    parser.add_argument("--cache_dir", type=path, help="Where downloaded models are kept.")
     by_hand = parser.add_argument_group("correcting a folder by hand")
     by_hand.add_argument("--flip", nargs="+", metavar="FILE", help="Exchange keep and forget for these files.")
     by_hand.add_argument(
         "--move", nargs="+", metavar="SIDE_AND_FILES", help="`forget` or `keep`, and the files to move there."
     )
+    add_model_arguments(parser)
     add_sampling_arguments(parser, batch_size=16)
 
 
@@ -158,10 +165,13 @@ def main(args: argparse.Namespace) -> None:
     prompts = check_arguments(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"model": args.pretrained_model_name_or_path, "prompts": prompts}
+    settings |= {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name) is not None}
     check_output_dir(output_dir, settings)
     references = [] if args.reference is None else [load_picture(Path(args.reference), "--reference")]
     features = load_features(args.feature_extractor, args.feature_size, args.batch_size)
-    if sample_prompts(prompts, args, output_dir, settings):
+    with made_folder("--output_dir", output_dir):
+        is_main = sample_prompts(prompts, args, output_dir, settings)
+    if is_main:
         split_prompts(prompts, references, features, args, output_dir, settings)
 
 
@@ -193,7 +203,7 @@ def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir:
     from siss_diffusers.curation import sample_prompt
     from siss_diffusers.distributed import on_all_processes
 
-    source, family = open_text_to_image_model(args.pretrained_model_name_or_path, args.resolution, args.cache_dir)
+    source, family = open_text_to_image_model(args)
     state, sampling = PartialState(), sampling_settings(args)
     pipeline = load_pipeline(source, family, args.dtype)
     warn_of_long_prompts(family, pipeline, prompts)

@@ -12,6 +12,7 @@ import yaml
 from datasets import load_dataset
 
 from siss_diffusers.data.images import Images, ImageTransform
+from siss_diffusers.data.saved import check_metadata_names, cure_of, load_saved, with_images
 from siss_diffusers.errors import UsageError, describe_error
 
 
@@ -56,6 +57,9 @@ def load_rows(
     Raises:
         UsageError: for anything that cannot be loaded.
     """
+    if (saved := load_saved(flag, name)) is not None:
+        return saved
+    check_metadata_names(flag, name)
     try:
         if image_folder:
             return load_dataset("imagefolder", data_dir=name, cache_dir=cache_dir, split="train")
@@ -65,7 +69,9 @@ def load_rows(
         raise
     except Exception as error:  # whatever the parsers make of a broken file
         cause = error.__cause__ or error  # what went wrong while generating, not that it did
-        raise UsageError(f"{flag}: {name or repr(name)} cannot be loaded ({describe_error(cause)})") from error
+        raise UsageError(
+            f"{flag}: {name or repr(name)} cannot be loaded ({describe_error(cause)}){cure_of(cause)}"
+        ) from error
 
 
 def check_image_paths(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[str]) -> None:
@@ -147,6 +153,7 @@ def undecoded(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[st
     Raises:
         UsageError: where there is no such column, or an image lies elsewhere.
     """
+    rows = with_images(rows, column, flag)
     if not isinstance(rows.features.get(column), datasets.Image):
         raise UsageError(f"--image_column: {flag} has no image column {column!r}, only {', '.join(rows.features)}")
     plain = (datasets.Value, datasets.ClassLabel)

@@ -118,7 +118,8 @@ class Family(ABC):
         """Return the component that is trained."""
         return getattr(pipeline, self.network_name)
 
-    def training_scheduler(self, scheduler):
+    @classmethod
+    def training_scheduler(cls, scheduler):
         """Return the scheduler whose noise levels are trained on."""
         from diffusers import DDPMScheduler
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.families.base import Family
-from siss_diffusers.families.saving import check_copyable, copy_rest
+from siss_diffusers.families.base import Family, silenced
+from siss_diffusers.families.causes import check_variant, variants_in
+from siss_diffusers.families.saving import check_copyable, components_of, copy_rest
 from siss_diffusers.families.trust import load_pipeline_config, loading
 
 
@@ -34,6 +35,9 @@ class PipelineSource(Protocol):
 
     def component_config(self, component: str) -> dict:
         """Read the configuration of a component."""
+
+    def scheduler(self) -> Any:
+        """Return the scheduler, which has no weights."""
 
     def load_without_network(self, family: Family) -> Any:
         """Load the pipeline in float32, its network left out."""
@@ -81,12 +85,22 @@ class NamedPipeline:
         )
         if is_adapter and not (folder / "model_index.json").exists():
             raise UsageError(f"{self.flag}: {self.name} is an adapter; name the pipeline that it was trained on")
-        return load_pipeline_config(self.name, self.flag, revision=self.revision, cache_dir=self.cache_dir)
+        config = load_pipeline_config(self.name, self.flag, revision=self.revision, cache_dir=self.cache_dir)
+        loaded = [name for name in components_of(config) if name not in NOT_IN_TRAINING and (folder / name).is_dir()]
+        files = {name: os.listdir(folder / name) for name in loaded}
+        check_variant(files, self.variant, self.name, self.flag)
+        return config
 
     def component_class(self, component: str) -> Any:
         import diffusers
 
-        return getattr(diffusers, self.pipeline_config[component][1])
+        name = self.pipeline_config[component][1]
+        if not hasattr(diffusers, str(name)):
+            raise UsageError(
+                f"{self.flag}: {component} of {self.name} is a {name}, which diffusers {diffusers.__version__} does not"
+                " have; update diffusers"
+            )
+        return getattr(diffusers, name)
 
     def component_config(self, component: str) -> dict:
         return self._read_config(component)[0]
@@ -105,15 +119,30 @@ class NamedPipeline:
             except UsageError as error:
                 failure = failure or error
                 continue
-            if isinstance(config, dict) and config.get("_class_name") == model_class.__name__:
+            # Schedulers are often exchanged in the index alone; they read the configurations of each other.
+            known = isinstance(config, dict) and (
+                component == "scheduler" or config.get("_class_name") == model_class.__name__
+            )
+            if known:
                 return config, subfolder
         raise failure or UsageError(f"{self.flag}: {self.name} has no {component} of class {model_class.__name__}")
+
+    def scheduler(self) -> Any:
+        scheduler_class = self.component_class("scheduler")
+        with loading(self.name, self.flag), silenced():
+            return scheduler_class.from_config(self.component_config("scheduler"))
 
     def load_without_network(self, family: Family) -> Any:
         return self._load({family.network_name: None})
 
     def load_network(self, family: Family, pipeline) -> None:
-        where = {"revision": self.network_revision or self.revision, "variant": self.variant}
+        folder = Path(self.name, family.network_name)
+        # As in pipelines: a part without files of the variant is read from the plain ones.
+        has_variant = not folder.is_dir() or self.variant in variants_in(os.listdir(folder))
+        where = {
+            "revision": self.network_revision or self.revision,
+            "variant": self.variant if has_variant else None,
+        }
         with loading(self.name, self.flag):
             network = self.component_class(family.network_name).from_pretrained(
                 self.name,
@@ -187,6 +216,9 @@ class LoadedPipeline:
 
     def component_config(self, component: str) -> dict:
         return dict(getattr(self.pipeline, component).config)
+
+    def scheduler(self) -> Any:
+        return self.pipeline.scheduler
 
     def load_without_network(self, family: Family) -> Any:
         return self.pipeline

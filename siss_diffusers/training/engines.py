@@ -197,11 +197,3 @@ def make_optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> to
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,
     )
-
-
-def start_trackers(settings: Settings, accelerator: Accelerator) -> None:
-    """Start the tracker, which is told what may be published."""
-    if settings.report_to != "none":
-        # Without its metadata: wandb would record the command line, and with it the names of forget files.
-        init_kwargs = {"wandb": {"settings": {"x_disable_meta": True}}}
-        accelerator.init_trackers(settings.tracker_project_name, config=settings.public(), init_kwargs=init_kwargs)

@@ -3,8 +3,6 @@
 import logging
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
@@ -68,7 +66,7 @@ class Validation:
         if self.accelerator.is_main_process:
             statistics = copy_statistics(self.detectors.flags(images))
             append_json_line(self.run.output_dir / "validation_log.jsonl", {"step": step, **statistics})
-            self.accelerator.log({"copy_share": statistics["copy_share"]}, step=step)
+            self.run.trackers.log({"copy_share": statistics["copy_share"]}, step)
             logger.info(f"Step {step}: {100 * statistics['copy_share']:.2f} % of the samples are copies")
             forgotten = [statistics["copy_share"] == 0]
         for index, row in enumerate(self.samples.validation_rows):
@@ -84,7 +82,7 @@ class Validation:
         if not self.accelerator.is_main_process:
             return
         images[self.detectors.flags(images)["any"]] = 0.5
-        log_to_trackers(self.accelerator, name, images, self.run.progress.global_step)
+        self.run.trackers.log_images(name, images, self.run.progress.global_step)
 
     def draw(self, rows: tuple[int, ...], samples_of_each: int) -> Tensor | None:
         """Sample on the main process; with sharded weights on all of them, which have to take part.
@@ -117,11 +115,3 @@ def validation_interval(run: Run) -> int | None:
     if run.settings.validation_epochs is not None:
         return run.settings.validation_epochs * run.steps_per_epoch
     return run.settings.validation_steps
-
-
-def log_to_trackers(accelerator: Accelerator, name: str, images: torch.Tensor, step: int) -> None:
-    """Log a batch of pictures `(N, C, H, W)` in [0, 1]."""
-    pictures = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-    for tracker in accelerator.trackers:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({name: pictures}, step=step, **layout)
