@@ -13,15 +13,19 @@ def compare_with_ordinary(rows: list[dict], ordinary: list[dict]) -> None:
     """Add to each row its p-values and whether it is flagged.
 
     The p-value of a measure is that of a permutation test: the share of the ordinary prompts, and this prompt itself,
-    that reach its value. A prompt is flagged if it exceeds all ordinary prompts in some measure.
+    that reach its value. A prompt is flagged if it exceeds all ordinary prompts in some measure. Ordinary prompts of
+    which a measure is not known are no comparison in it, and a prompt of which none is known is neither flagged nor
+    cleared: None.
     """
     for row in rows:
-        row["p_values"] = {}
+        row["p_values"], exceeds = {}, False
         for name in MEASURES:
-            if row.get(name) is not None:
-                reaching = sum(other[name] is not None and other[name] >= row[name] for other in ordinary)
-                row["p_values"][name] = (1 + reaching) / (1 + len(ordinary))
-        row["flagged"] = bool(ordinary) and min(row["p_values"].values(), default=1) == 1 / (1 + len(ordinary))
+            others = [other[name] for other in ordinary if other.get(name) is not None]
+            if row.get(name) is not None and (others or not ordinary):
+                reaching = sum(other >= row[name] for other in others)
+                row["p_values"][name] = (1 + reaching) / (1 + len(others))
+                exceeds = exceeds or (bool(others) and reaching == 0)
+        row["flagged"] = exceeds if row["p_values"] else None
 
 
 def rank_rows(rows: list[dict], rank_by: str) -> list[dict]:
@@ -34,7 +38,7 @@ def rank_rows(rows: list[dict], rank_by: str) -> list[dict]:
 
 def write_table(path: Path, rows: list[dict]) -> None:
     """Write the rows as CSV."""
-    columns = ["rank", "number", "flagged", *MEASURES, "best_match_file", "prompt"]
+    columns = ["rank", "number", "flagged", "broken", *MEASURES, "best_match_file", "prompt"]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
@@ -73,17 +77,28 @@ def print_table(rows: list[dict], ordinary: list[dict], show_prompts: bool) -> N
         return "".join(f"{'-' if row[name] is None else format(row[name], '.3f'):>18}" for name in measures)
 
     for row in rows[:SHOWN_IN_TABLE]:
-        mark = "flagged" if row["flagged"] else ""
+        mark = "flagged" if row["flagged"] else "unknown" if row["flagged"] is None else ""
         text = f"  {row['prompt']}" if show_prompts else ""
         print(f"{row['rank']:4} {row['number']:>8} {mark:7}{format_figures(row)}{text}")
     if len(rows) > SHOWN_IN_TABLE:
         print(f"... and {len(rows) - SHOWN_IN_TABLE} more")
+    print_broken(rows)
     if not ordinary:
         print("\nNo prompt is flagged: --ordinary_prompts_file says what is ordinary.")
         return
     highest = {name: max((row[name] for row in ordinary if row[name] is not None), default=None) for name in measures}
     print(f"{'':4} {'highest of ' + str(len(ordinary)) + ' ordinary':16}{format_figures(highest)}")
     print(
-        f"\n{sum(row['flagged'] for row in rows)} of {len(rows)} prompts exceed all {len(ordinary)} ordinary"
+        f"\n{sum(bool(row['flagged']) for row in rows)} of {len(rows)} prompts exceed all {len(ordinary)} ordinary"
         f" prompts in a measure. Of ordinary prompts, 1 in {len(ordinary) + 1} would, in each measure."
     )
+
+
+def print_broken(rows: list[dict]) -> None:
+    """Say of how many prompts samples were no pictures, and how many could not be measured at all."""
+    broken = sum(bool(row.get("broken")) for row in rows)
+    unknown = sum(row["flagged"] is None for row in rows)
+    if broken:
+        print(f"\n{broken} prompts have samples that are not finite, of one colour, or black; these were left out.")
+    if unknown:
+        print(f"{unknown} prompts could not be measured, which does not clear them: try --dtype float32.")

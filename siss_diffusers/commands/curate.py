@@ -198,6 +198,7 @@ def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir:
     Raises:
         UsageError: for a model that cannot be used.
     """
+    import torch
     from accelerate import PartialState
 
     from siss_diffusers.curation import sample_prompt
@@ -221,7 +222,8 @@ def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir:
             return
         seeded = replace(sampling, seed=sampling.seed + start)
         for image, file in zip(sample_prompt(family, pipeline, prompts[prompt_index], len(files), seeded), files):
-            save_picture(image, file)
+            # What is no number becomes black, and is left out as broken.
+            save_picture(image if image.isfinite().all() else torch.zeros_like(image), file)
 
     starts = range(0, args.num_images, args.batch_size)
     announce(f"Sampling {count_of(len(prompts), 'prompt')}, {count_of(args.num_images, 'sample')} each")
@@ -245,6 +247,7 @@ def split_prompts(
     import torch
 
     from siss_diffusers.curation import Clustering, split_samples
+    from siss_diffusers.metrics.broken import broken
 
     announce(f"Splitting the samples into {args.num_clusters} clusters")
     clustering = Clustering(args.num_clusters, args.min_silhouette, features, args.seed)
@@ -253,8 +256,15 @@ def split_prompts(
         names = [image_name(prompt_index, index) for index in range(args.num_images)]
         # As they were saved, so that an interrupted run arrives at the same clusters.
         pictures = torch.stack([load_picture(output_dir / "samples" / name, "--output_dir") for name in names])
-        split = split_samples(pictures, references, clustering)
-        report = {"prompt": prompt, "silhouette": split.silhouette, "separated": split.separated}
+        is_broken = broken(pictures)
+        names = [name for name, left_out in zip(names, is_broken.tolist()) if not left_out]
+        split = split_samples(pictures[~is_broken], references, clustering)
+        report = {
+            "prompt": prompt,
+            "broken": int(is_broken.sum()),
+            "silhouette": split.silhouette,
+            "separated": split.separated,
+        }
         report |= {"forget": 0, "keep": 0}
         if split.separated:
             forget = split.is_copy.tolist()
@@ -277,6 +287,8 @@ def print_reports(reports: list[dict], min_silhouette: float, output_dir: Path) 
         UsageError: if no prompt could be curated.
     """
     for index, report in enumerate(reports):
+        if report["broken"]:
+            print(f"prompt {index}: {report['broken']} samples are not finite, of one colour, or black; left out")
         silhouette = "undefined" if report["silhouette"] is None else f"{report['silhouette']:.2f}"
         if report["separated"]:
             print(f"prompt {index}: {report['forget']} to forget, {report['keep']} to keep, silhouette {silhouette}")
