@@ -40,7 +40,7 @@ def check_is_pipeline(name: str, flag: str) -> None:
     address = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", name)
     if address:
         raise UsageError(f"{flag}: {name} is an address; name the repository, {address[1]}")
-    folder = Path(name)
+    folder = Path(name or "no name")
     if folder.is_file():
         if "lora" in folder.name.lower():
             raise UsageError(f"{flag}: {name} is an adapter; name the pipeline that it was trained on")

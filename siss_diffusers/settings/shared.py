@@ -111,7 +111,8 @@ class Settings:
         resume="free", public=True)
     checkpoints_total_limit: int | None = setting(None, "How many checkpoints are kept.", parse=positive_int,
         resume="free", public=True)
-    resume_from_checkpoint: str | None = setting(None, "A checkpoint of --output_dir, or `latest`.", resume="free", parse=path)
+    resume_from_checkpoint: str | None = setting(None, "A checkpoint of --output_dir, or `latest`.", resume="free",
+        parse=path)
     allow_changes: bool = switch("Resume with other settings or data than the checkpoint was made with.",
         resume="free", public=True)
     enable_xformers_memory_efficient_attention: bool = switch("Use xformers' attention.", resume="free", public=True)

@@ -8,16 +8,20 @@ import torch
 
 from siss_diffusers.auditing import measure_prompt
 from siss_diffusers.commands.audit_table import compare_with_ordinary
+from siss_diffusers.evaluation.data import EvaluationData
 from siss_diffusers.evaluation.detectors import Detectors
 from siss_diffusers.evaluation.evaluator import measure, only_finite
+from siss_diffusers.evaluation.model import MeasuredModel
+from siss_diffusers.evaluation.networks import Networks
 from siss_diffusers.evaluation.settings import EvaluationSettings
-from siss_diffusers.families import Sampling
+from siss_diffusers.families import Sampling, Unconditional
 from siss_diffusers.hub.card import relearning_result
 from siss_diffusers.metrics import METRICS, PROBES
 from siss_diffusers.metrics.broken import broken, finite
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, wilson_interval
 from siss_diffusers.metrics.drift import drift
 from siss_diffusers.metrics.pictures import frame_copies
+from siss_diffusers.noising import GaussianPath
 
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -100,10 +104,6 @@ def test_drift_to_what_is_not_finite_is_not_small():
 
 def fake_model(samples: torch.Tensor, keep: torch.Tensor = KEEP):
     """A model without a network whose samples are given."""
-    from siss_diffusers.evaluation.data import EvaluationData
-    from siss_diffusers.evaluation.model import MeasuredModel
-    from siss_diffusers.evaluation.networks import Networks
-    from siss_diffusers.families import Unconditional
 
     def features(images: torch.Tensor) -> torch.Tensor:
         assert images.isfinite().all()
@@ -122,9 +122,7 @@ def fake_model(samples: torch.Tensor, keep: torch.Tensor = KEEP):
     return model
 
 
-WITHOUT_NETWORK = [
-    *(entry for key, entry in METRICS.items() if not key.startswith("nll")),
-]
+WITHOUT_NETWORK = [metric for key, metric in METRICS.items() if not key.startswith("nll")]
 
 
 @pytest.mark.parametrize("kind", damaged())
@@ -151,14 +149,13 @@ def test_blind_detectors_give_no_share():
     assert "copy_share" not in figures and "remove it" in reasons["copy_share"]
 
 
-def test_a_metric_that_fails_costs_itself_only(monkeypatch):
+def test_a_metric_that_fails_costs_itself_only():
     model = fake_model(OTHERS)
-    entry = SimpleNamespace(key="x", label="X", changes_model=False, measure=lambda model: [][0])
 
     def fail(model):
         raise RuntimeError("out of memory")
 
-    entry.measure = fail
+    entry = SimpleNamespace(key="x", label="X", changes_model=False, measure=fail)
     figures, reasons = measure(model, [entry, METRICS["samples"]])
     assert figures == {"samples": 4} and reasons == {"x": "it failed (RuntimeError)"}
 
@@ -167,33 +164,21 @@ def test_nothing_that_is_not_finite_is_written():
     assert only_finite({"a": [math.nan, 1], "b": {"c": -math.inf}}) == {"a": [None, 1], "b": {"c": None}}
 
 
-def test_an_injection_that_is_no_picture_resembles_nothing():
+@pytest.mark.parametrize("value", [0.5, math.nan])
+def test_an_injection_that_is_no_picture_resembles_nothing(monkeypatch, value):
     """A correlation of 0 would be the best result there is."""
-    from siss_diffusers.metrics import injection
-
-    for value, expected in ((0.5, None), (math.nan, None)):
-        model = fake_model(OTHERS)
-        model.path_of = None
-        replaced = {"encode": lambda images: images, "embed": lambda prompts: torch.zeros(1)[:, None]}
-        model.__dict__["path"] = injection.GaussianPath(
-            torch.linspace(0.99, 0.1, 10), torch.linspace(0.1, 0.99, 10), torch.arange(10), "epsilon"
-        )
-        model.__dict__["network"] = None
-        for name, function in replaced.items():
-            object.__setattr__(model, name, function)
-        object.__setattr__(model, "predict", lambda noisy, *_: torch.zeros_like(noisy))
-        object.__setattr__(model, "decode", lambda draw, value=value: torch.full_like(draw, value))
-        type_of = type(model)
-        figures, _ = measure_without_network(model, type_of)
-        assert set(figures["injection"].values()) == {expected}
-
-
-def measure_without_network(model, type_of):
-    class Model(type_of):
-        device, network = torch.device("cpu"), torch.nn.Linear(1, 1)
-
-    object.__setattr__(model, "__class__", Model)
-    return measure(model, [PROBES["injection"]])
+    levels = torch.linspace(0.1, 0.99, 10)
+    replaced = {
+        "encode": lambda model, images: images,
+        "embed": lambda model, prompts: torch.zeros(len(prompts), 1),
+        "predict": lambda model, noisy, *_: torch.zeros_like(noisy),
+        "decode": lambda model, draw: torch.full_like(draw, value),
+        "path": GaussianPath(levels.flip(0), levels, torch.arange(10), "epsilon"),
+    }
+    for name, replacement in replaced.items():
+        monkeypatch.setattr(MeasuredModel, name, replacement)
+    figures, _ = measure(fake_model(OTHERS), [PROBES["injection"]])
+    assert len(figures["injection"]) == 4 and set(figures["injection"].values()) == {None}
 
 
 def test_the_grid_shows_them_black():
