@@ -1,5 +1,6 @@
 """The door of Python: `unlearn(pipeline, forget, keep)`."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from siss_diffusers.errors import UsageError
 from siss_diffusers.families import Family, LoadedPipeline, Sampling, find_family
 from siss_diffusers.outcome import Outcome
 from siss_diffusers.settings import Settings, TextToImageSettings, UnconditionalSettings, resolve
+from siss_diffusers.storage.folders import made_folder
 from siss_diffusers.training.output_dir import check_output_dir
 from siss_diffusers.training.run import Run
 from siss_diffusers.unlearning import fit, with_family_defaults
@@ -82,7 +84,7 @@ def unlearn(
         check_output_dir(chosen)
     else:
         chosen = chosen.replace(output_dir=temporary.name, checkpointing_steps=None)
-    with own_accelerator_state():
+    with own_accelerator_state(), made_folder("--output_dir", chosen.output_dir):
         given = given_rows(family, pipeline, forget, keep, prompts, chosen)
         run = Run(chosen, method, Path(chosen.output_dir), is_program=False, saves_model=temporary is None)
         outcome = fit(run, rule, family, source, given)
@@ -117,6 +119,7 @@ def given_rows(
         UsageError: for what cannot be used, or where nothing says what to forget or to keep.
     """
     captions = settings.caption_column if family.has_prompts else None
+    forget, keep = (at_home(images) for images in (forget, keep))
     if forget is None and keep is None:
         raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
     if forget is None:
@@ -132,6 +135,11 @@ def given_rows(
     if keep is None:
         keep = sampled_images(family, pipeline, to_forget, settings)
     return GivenRows(rows_of(keep, "keep", captions, cache_dir=settings.cache_dir), to_forget)
+
+
+def at_home(images: Any) -> Any:
+    """Return a folder with `~` resolved, and anything else as it is."""
+    return os.path.expanduser(images) if isinstance(images, str | Path) else images
 
 
 def sampled_images(

@@ -14,6 +14,7 @@ from siss_diffusers.data.folders import describe_passed_over, list_folder, refus
 from siss_diffusers.data.images import ImageTransform, read_image
 from siss_diffusers.errors import UsageError, describe_error
 from siss_diffusers.families import Family, Sampling
+from siss_diffusers.metrics.broken import broken
 from siss_diffusers.metrics.copies import correlation, for_detectors
 from siss_diffusers.metrics.noise_norm import TextNoiseNorms, first_noise_norm, mean_noise_norm
 
@@ -95,6 +96,9 @@ def measure_prompt(
 ) -> tuple[dict[str, float | str | None], Tensor]:
     """Sample a prompt and measure how strongly an image was memorized for it.
 
+    Samples that are no pictures are counted as `broken`, and the figures are those of the others: a black picture is no
+    memorized one, and one that is not finite is no sign of the contrary.
+
     Args:
         sampling: its guidance scale must be above 1, or there is no noise norm.
         training: images among which the best match is looked for.
@@ -104,13 +108,18 @@ def measure_prompt(
     """
     with TextNoiseNorms(family.network(pipeline), family.path(pipeline)) as norms:
         samples = sample_prompt(family, pipeline, prompt, num_samples, sampling)
+    is_broken = broken(samples)
+    measured, per_step = samples[~is_broken], norms.per_step()[:, ~is_broken]
     figures: dict[str, float | str | None] = {
-        "self_similarity": self_similarity(samples),
-        "noise_norm": mean_noise_norm(norms.per_step()).mean().item(),
-        "noise_norm_first": first_noise_norm(norms.per_step()).mean().item(),
+        "broken": int(is_broken.sum()),
+        "self_similarity": self_similarity(measured),
+        "noise_norm": mean_noise_norm(per_step).mean().item(),
+        "noise_norm_first": first_noise_norm(per_step).mean().item(),
     }
     if training is not None:
-        figures["best_match"], figures["best_match_file"] = training.best_match(samples)
+        figures["best_match"], figures["best_match_file"] = None, None
+        if len(measured):
+            figures["best_match"], figures["best_match_file"] = training.best_match(measured)
     for name, figure in figures.items():
         if isinstance(figure, float) and not isfinite(figure):
             figures[name] = None  # half precision overflows

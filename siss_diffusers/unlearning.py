@@ -17,6 +17,7 @@ from siss_diffusers.gradients.engine import PairedGradients
 from siss_diffusers.outcome import Outcome
 from siss_diffusers.settings import Settings, resolve
 from siss_diffusers.storage.files import LORA_FILE
+from siss_diffusers.storage.folders import made_folder
 from siss_diffusers.training.adapters import check_target_modules
 from siss_diffusers.training.network import TrainedNetwork
 from siss_diffusers.training.output_dir import check_output_dir
@@ -93,17 +94,18 @@ def unlearn_from_settings(settings: Settings, *, with_prompts: bool) -> Outcome:
     data.check()
     settings, method, rule = resolve(settings)
     check_output_dir(settings)
-    source = NamedPipeline(
-        settings.pretrained_model_name_or_path,
-        revision=settings.revision,
-        variant=settings.variant,
-        cache_dir=settings.cache_dir,
-        network_revision=settings.non_ema_revision,
-    )
-    family = find_family(source, with_prompts=with_prompts).from_source(source, settings.resolution)
-    settings = with_family_defaults(settings, family, source)
-    run = Run(settings, method, Path(settings.output_dir), is_program=True)
-    return fit(run, rule, family, source, data.load())
+    with made_folder("--output_dir", settings.output_dir):
+        source = NamedPipeline(
+            settings.pretrained_model_name_or_path,
+            revision=settings.revision,
+            variant=settings.variant,
+            cache_dir=settings.cache_dir,
+            network_revision=settings.non_ema_revision,
+        )
+        family = find_family(source, with_prompts=with_prompts).from_source(source, settings.resolution)
+        settings = with_family_defaults(settings, family, source)
+        run = Run(settings, method, Path(settings.output_dir), is_program=True)
+        return fit(run, rule, family, source, data.load())
 
 
 def with_family_defaults(settings: Settings, family: Family, source: PipelineSource) -> Settings:
@@ -128,6 +130,8 @@ def fit(run: Run, rule: Rule, family: Family, source: PipelineSource, given: Giv
     run.set_data(training_set.parts(), counts["keep"])
     log_counts(training_set)
 
+    if run.settings.adapter is None and run.saves_model:
+        source.check_rest(family)
     pipeline = source.load_without_network(family)
     problem = prepare_problem(run, family, source, pipeline, training_set)
     network = problem.network

@@ -15,6 +15,7 @@ from datasets import load_dataset
 
 from siss_diffusers.data.folders import list_folder, load_folder
 from siss_diffusers.data.images import Images, ImageTransform
+from siss_diffusers.data.saved import check_metadata_names, cure_of, load_saved, with_images
 from siss_diffusers.errors import UsageError, describe_error
 
 
@@ -84,6 +85,9 @@ def load_rows(flag: str, name: str, config_name: str | None = None, cache_dir: s
     Raises:
         UsageError: for anything that cannot be loaded.
     """
+    if (saved := load_saved(flag, name)) is not None:
+        return LoadedRows(saved)
+    check_metadata_names(flag, name)
     folder = image_folder_of(flag, name) if config_name is None else None
     if folder is not None:
         return LoadedRows(*folder)
@@ -91,7 +95,9 @@ def load_rows(flag: str, name: str, config_name: str | None = None, cache_dir: s
         splits = dict(load_dataset(name, config_name, cache_dir=cache_dir))
     except Exception as error:  # whatever the parsers make of a broken file
         cause = error.__cause__ or error  # what went wrong while generating, not that it did
-        raise UsageError(f"{flag}: {name or repr(name)} cannot be loaded ({describe_error(cause)})") from error
+        raise UsageError(
+            f"{flag}: {name or repr(name)} cannot be loaded ({describe_error(cause)}){cure_of(cause)}"
+        ) from error
     if "train" not in splits:
         raise UsageError(f"{flag}: {name} has no split train, only {', '.join(splits)}")
     unread = images_in_no_split(flag, name, splits)
@@ -210,7 +216,8 @@ def load_image_rows(
     """
     if is_folder and not os.path.isdir(source):
         raise UsageError(f"{flag}: no folder {source or repr(source)}")
-    if is_folder:
+    if is_folder and load_saved(flag, source) is None:
+        check_metadata_names(flag, source)
         loaded = LoadedRows(*load_folder(flag, source, every_file=every_file))
     else:
         loaded = load_rows(flag, source, config_name, cache_dir)
@@ -229,6 +236,7 @@ def undecoded(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[st
     Raises:
         UsageError: where there is no such column, or an image lies elsewhere.
     """
+    rows = with_images(rows, column, flag)
     if not isinstance(rows.features.get(column), datasets.Image):
         raise UsageError(f"--image_column: {flag} has no image column {column!r}, only {', '.join(rows.features)}")
     plain = (datasets.Value, datasets.ClassLabel)

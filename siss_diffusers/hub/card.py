@@ -172,7 +172,11 @@ def relearning_result(figures: dict) -> dict[str, object] | None:
     points = figures.get("relearning")
     if not points:
         return None
-    return {"steps": points[-1]["step"], "copies": percent(max(point["copy_share"] for point in points))}
+    # Where all samples were broken, no share was measured.
+    measured = [point for point in points if is_number(point.get("copy_share"))]
+    if not measured:
+        return None
+    return {"steps": measured[-1]["step"], "copies": percent(max(point["copy_share"] for point in measured))}
 
 
 def is_number(value: object) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siss_diffusers.metrics.base import NO_PROMPTS, Metric, Skip, not_empty
+from siss_diffusers.metrics.base import ALL_BROKEN, NO_PROMPTS, Metric, Skip, not_empty
 from siss_diffusers.metrics.formats import four_digits, percent, short_number
 
 
@@ -104,7 +104,12 @@ class CopyDetectors:
         Args:
             references: the forget images, `(K, C, H, W)` in [0, 1].
             keep: images to keep, `(M, C, H, W)` in [0, 1].
+
+        Raises:
+            ValueError: where a set is empty.
         """
+        if len(references) == 0 or len(keep) == 0:
+            raise ValueError(f"{len(references)} images to forget and {len(keep)} to keep: both sets need an image")
         references, keep = for_detectors(references), for_detectors(keep)
         return cls(
             references=references,
@@ -112,8 +117,17 @@ class CopyDetectors:
             min_correlation=(1 + correlation(keep, references).max().item()) / 2,
         )
 
+    @property
+    def are_blind(self) -> bool:
+        """Whether they miss a forget image itself, because an image to keep looks the same: their silence means
+        nothing then."""
+        return not self.flags(self.references)["any"].all()
+
     def flags(self, samples: Tensor) -> dict[str, Tensor]:
-        """Return for each detector which samples `(N, C, H, W)` in [0, 1] are copies, `(N,)` bool; `any` joins them."""
+        """Return for each detector which samples `(N, C, H, W)` in [0, 1] are copies, `(N,)` bool; `any` joins them.
+
+        A sample that is not finite is no copy, and not forgotten either: see `metrics.broken`.
+        """
         samples = for_detectors(samples)
         flags = {
             "pixel_l2": pixel_l2(samples, self.references) < self.max_distance,
@@ -134,16 +148,28 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
     return low, high
 
 
-def copy_statistics(flags: dict[str, Tensor]) -> dict[str, float | int | dict[str, float]]:
-    """Return the copy entries of `evaluation.json`, from `CopyDetectors.flags`."""
-    copies, samples = int(flags["any"].sum()), len(flags["any"])
-    low, high = wilson_interval(copies, samples)
+def copy_statistics(flags: dict[str, Tensor], broken: Tensor | None = None) -> dict[str, Any]:
+    """Return the copy entries of `evaluation.json`. Without a sample that can be judged, the share of copies is None.
+
+    Args:
+        flags: of `CopyDetectors.flags`.
+        broken: which samples are no pictures, `(N,)` bool, from `metrics.broken`; they are counted by themselves.
+    """
+    is_copy, samples = flags["any"], len(flags["any"])
+    broken = torch.zeros(samples, dtype=torch.bool) if broken is None else broken & ~is_copy
+    copies, judged = int(is_copy.sum()), int((~broken).sum())
+    low, high = wilson_interval(copies, judged)
+
+    def share(flag: Tensor) -> float | None:
+        return flag[~broken].float().mean().item() if judged else None
+
     return {
         "samples": samples,
-        "copy_share": copies / samples,
+        "broken_share": broken.float().mean().item() if samples else None,
+        "copy_share": copies / judged if judged else None,
         "copy_share_low": low,
         "copy_share_high": high,
-        "copy_share_by_detector": {name: flag.float().mean().item() for name, flag in flags.items() if name != "any"},
+        "copy_share_by_detector": {name: share(flag) for name, flag in flags.items() if name != "any"},
     }
 
 
@@ -152,7 +178,10 @@ def _samples(model: "MeasuredModel") -> dict[str, int]:
 
 
 def _copy_share(model: "MeasuredModel") -> dict[str, Any]:
-    return copy_statistics(model.flags)
+    statistics = model.count_copies(model.samples)
+    if statistics["copy_share"] is None:
+        raise Skip(ALL_BROKEN)
+    return statistics
 
 
 def _others(model: "MeasuredModel") -> dict[str, int]:
@@ -168,7 +197,10 @@ def _others_distance_to_keep(model: "MeasuredModel") -> dict[str, float]:
 def _ordinary_copy_share(model: "MeasuredModel") -> dict[str, float]:
     if not model.family.has_prompts:
         raise Skip(NO_PROMPTS)
-    return {"ordinary_copy_share": model.ordinary_copies.float().mean().item()}
+    share = model.count_copies(model.ordinary_samples)["copy_share"]
+    if share is None:
+        raise Skip(ALL_BROKEN)
+    return {"ordinary_copy_share": share}
 
 
 SAMPLES = Metric(
