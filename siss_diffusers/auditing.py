@@ -16,7 +16,7 @@ from siss_diffusers.errors import UsageError, describe_error
 from siss_diffusers.families import Family, Sampling
 from siss_diffusers.metrics.broken import broken
 from siss_diffusers.metrics.copies import correlation, for_detectors
-from siss_diffusers.metrics.noise_norm import TextNoiseNorms, first_noise_norm, mean_noise_norm
+from siss_diffusers.metrics.noise_norm import NOT_IN_ONE_BATCH, TextNoiseNorms, first_noise_norm, mean_noise_norm
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,25 @@ def measure_prompt(
         training: images among which the best match is looked for.
 
     Returns:
-        The figures by their names, None if one is not finite; and the samples `(num_samples, C, H, W)` in [0, 1].
+        The figures by their names, None if one is not finite or cannot be measured; `no_noise_norm`, the reason, if there
+        is no noise norm; and the samples `(num_samples, C, H, W)` in [0, 1].
     """
     with TextNoiseNorms(family.network(pipeline), family.path(pipeline)) as norms:
         samples = sample_prompt(family, pipeline, prompt, num_samples, sampling)
     is_broken = broken(samples)
-    measured, per_step = samples[~is_broken], norms.per_step()[:, ~is_broken]
+    measured = samples[~is_broken]
     figures: dict[str, float | str | None] = {
         "broken": int(is_broken.sum()),
         "self_similarity": self_similarity(measured),
-        "noise_norm": mean_noise_norm(per_step).mean().item(),
-        "noise_norm_first": first_noise_norm(per_step).mean().item(),
+        "noise_norm": None,
+        "noise_norm_first": None,
     }
+    if norms.passes:
+        per_step = norms.per_step()[:, ~is_broken]
+        figures["noise_norm"] = mean_noise_norm(per_step).mean().item()
+        figures["noise_norm_first"] = first_noise_norm(per_step).mean().item()
+    else:
+        figures["no_noise_norm"] = NOT_IN_ONE_BATCH
     if training is not None:
         figures["best_match"], figures["best_match_file"] = None, None
         if len(measured):

@@ -26,7 +26,7 @@ from siss_diffusers.training.receipt import write_receipt
 from siss_diffusers.training.record import write_record
 from siss_diffusers.training.run import Run
 from siss_diffusers.training.samples import drawn_images, free_encoders, pair_batches, prepare_samples
-from siss_diffusers.training.schedule import lagged_forget_scale, timestep_ranges
+from siss_diffusers.training.schedule import check_noise_levels, lagged_forget_scale, timestep_ranges
 from siss_diffusers.training.state import restore_training_state, save_training_state
 from siss_diffusers.training.training_set import TrainingSet, log_counts, read_training_set
 from siss_diffusers.training.validation import Validation
@@ -175,6 +175,7 @@ def prepare_problem(
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **settings.scheduler_overrides)
         pipeline.register_modules(scheduler=scheduler)
     path = family.path(pipeline)
+    check_noise_levels(settings, pipeline.scheduler, path)
     timestep_range, forget_ranges = timestep_ranges(settings, len(path))
     for name in family.frozen_components:
         getattr(pipeline, name).requires_grad_(False).to(accelerator.device)

@@ -191,6 +191,8 @@ def main(args: argparse.Namespace) -> None:
     write_json(output_dir / "audit.json", {"prompts": rows, "ordinary": ordinary, "rank_by": args.rank_by})
     draw_chart(output_dir / "audit.png", rows, ordinary, args.rank_by)
     print_table(rows, ordinary, args.show_prompts)
+    for reason in sorted({row["no_noise_norm"] for row in rows if "no_noise_norm" in row}):
+        print(f"There is no noise norm: {reason}.")
     print(f"The prompts are in {output_dir / 'audit.csv'}, their samples beside it.")
 
 

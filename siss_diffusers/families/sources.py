@@ -42,11 +42,15 @@ class NamedPipeline:
 
     @cached_property
     def pipeline_config(self) -> dict:
-        folder = Path(self.name)
-        is_adapter = any((folder / file).exists() for file in (LORA_FILE, "adapter_config.json"))
-        if is_adapter and not (folder / "model_index.json").exists():
+        # Not by Path: it raises for a name that is too long for a file.
+        exists = {
+            file: os.path.exists(os.path.join(self.name, file))
+            for file in (LORA_FILE, "adapter_config.json", "model_index.json")
+        }
+        if any(exists.values()) and not exists["model_index.json"]:
             raise UsageError(f"{self.flag}: {self.name} is an adapter; name the pipeline that it was trained on")
         config = load_pipeline_config(self.name, self.flag, revision=self.revision, cache_dir=self.cache_dir)
+        folder = Path(self.name)
         loaded = [name for name in components_of(config) if name not in NOT_IN_TRAINING and (folder / name).is_dir()]
         files = {name: os.listdir(folder / name) for name in loaded}
         check_variant(files, self.variant, self.name, self.flag)
