@@ -112,16 +112,18 @@ def is_text(path: str) -> bool:
 
 
 def sort_file(files: FolderFiles, name: str, path: str, is_hidden: bool) -> None:
-    """Add a file where it belongs."""
+    """Add a file where it belongs. Most are images, so these come first."""
+    dot = name.rfind(".")
+    suffix = name[dot:].lower() if dot > 0 else ""
+    if suffix in image_suffixes():
+        (files.hidden if is_hidden else files.images).append(path)
+        return
     lower = name.lower()
-    stem, suffix = os.path.splitext(lower)
+    stem = lower[: len(lower) - len(suffix)]
     if is_hidden:
-        if os.path.splitext(lower)[1] in image_suffixes():
-            files.hidden.append(path)
-    elif lower in METADATA_FILES:
+        return
+    if lower in METADATA_FILES:
         files.metadata.append(path)
-    elif suffix in image_suffixes():
-        files.images.append(path)
     elif lower not in LITTER_FILES and not (stem in TEXTS_ABOUT_A_FOLDER and suffix in ("", ".md", ".txt", ".rst")):
         files.others.append(path)
 
@@ -233,12 +235,13 @@ def rows_of_paths(files: FolderFiles) -> datasets.Dataset:
     """Return a row for each image, with the name of its folder as `label` where these names are classes."""
     columns: dict[str, pa.Array] = {"image": image_cells(pa.array(files.images, pa.string()))}
     features = datasets.Features(image=datasets.Image())
-    names = [os.path.basename(os.path.dirname(path)) for path in files.images]
-    classes = sorted(set(names))
-    if len(classes) > 1 and len({path.count(os.sep) for path in files.images}) == 1:
+    folders = [path[: path.rindex(os.sep)] for path in files.images]
+    names = {folder: os.path.basename(folder) for folder in set(folders)}
+    classes = sorted(set(names.values()))
+    if len(classes) > 1 and len({folder.count(os.sep) for folder in names}) == 1:
         features["label"] = datasets.ClassLabel(names=classes)
         number = {name: index for index, name in enumerate(classes)}
-        columns["label"] = pa.array([number[name] for name in names], pa.int64())
+        columns["label"] = pa.array([number[names[folder]] for folder in folders], pa.int64())
     return datasets.Dataset(pa.table(columns).cast(features.arrow_schema))
 
 

@@ -39,11 +39,9 @@ def forget_rows_of(
     Raises:
         UsageError: for a file or column that is not there, or a column or value that could be misread.
     """
-    named = next((name for name in rows.features if name.strip().lower() == FORGET_COLUMN), None)
-    named = FORGET_COLUMN if FORGET_COLUMN in rows.features else named
+    named = column_of_marks(rows)
     if forget_files:
-        if named is not None:
-            warn_of_marks(rows, named, "--forget_files")
+        warn_of_marks(rows, "--forget_files")
         return named_rows(rows.data.column(image_column), forget_files, train_data_dir)
     if forget_column is None:
         if named is None:
@@ -51,8 +49,8 @@ def forget_rows_of(
         forget_column = named
     elif forget_column not in rows.features:
         raise UsageError(f"--forget_column: no column {forget_column!r}; the data has {', '.join(rows.features)}")
-    elif named not in (None, forget_column):
-        warn_of_marks(rows, named, f"--forget_column {forget_column}")
+    elif forget_column != named:
+        warn_of_marks(rows, f"--forget_column {forget_column}")
 
     if pa.types.is_nested(rows.data.column(forget_column).type):
         raise UsageError(f"--forget_column: {forget_column!r} holds lists; name a column of single values")
@@ -68,10 +66,19 @@ def forget_rows_of(
     return marked
 
 
-def warn_of_marks(rows: datasets.Dataset, column: str, instead: str) -> None:
-    """Warn where a column marks rows to forget, and something else that was given says which they are."""
-    is_nested = pa.types.is_nested(rows.data.column(column).type)
-    marked = None if is_nested else marked_rows(rows, column)
+def column_of_marks(rows: datasets.Dataset) -> str | None:
+    """Return the name of the column `forget`, also where it is written `Forget`; None if there is none."""
+    if FORGET_COLUMN in rows.features:
+        return FORGET_COLUMN
+    return next((name for name in rows.features if name.strip().lower() == FORGET_COLUMN), None)
+
+
+def warn_of_marks(rows: datasets.Dataset, instead: str) -> None:
+    """Warn where a column `forget` marks rows, and something else that was given says what to forget."""
+    column = column_of_marks(rows)
+    if column is None or pa.types.is_nested(rows.data.column(column).type):
+        return
+    marked = marked_rows(rows, column)
     if marked:
         logger.warning(
             f"The column `{column}` marks {len(marked)} rows to forget; {instead} takes its place, and the others of"

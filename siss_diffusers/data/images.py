@@ -35,6 +35,8 @@ TRANSPOSED = {
     8: Image.Transpose.ROTATE_90,
 }
 SAMPLE_FORMAT = 339  # tag of TIFF
+# Formats of animations and of pages. The others of a photo (MPO) are its previews, those of a drawing (PSD) its layers.
+HOLDS_SEVERAL = {"AVIF", "DCX", "FLI", "GIF", "PNG", "TIFF", "WEBP"}
 
 
 @cache
@@ -256,6 +258,24 @@ class Images:
             except Exception as error:
                 raise self._unreadable(index, describe_error(error))
         return True
+
+    def refuse_several_pictures(self) -> None:
+        """Refuse files of several pictures, as for images to forget: only the first of a file is read.
+
+        Raises:
+            UsageError: naming the first such file.
+        """
+        for index in range(len(self)):
+            try:
+                with open_image(source_of(self.rows[index][self.column])) as image:
+                    count = image.n_frames if image.format in HOLDS_SEVERAL else 1
+            except Exception as error:
+                raise self._unreadable(index, describe_error(error))
+            if count > 1:
+                raise UsageError(
+                    f"{self.flag}: {self._name(index)} holds {count} pictures, of which only the first would be"
+                    " forgotten; save each as a file of its own"
+                )
 
     def open(self, index: int) -> Image.Image:
         """The whole picture, decoded, as a viewer shows it.

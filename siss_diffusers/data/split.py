@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from siss_diffusers.data.forget_set import forget_rows_of
+from siss_diffusers.data.forget_set import forget_rows_of, warn_of_marks
 from siss_diffusers.data.images import Images, ImageTransform
 from siss_diffusers.data.keep_order import KeepOrder, digest_images
 from siss_diffusers.data.sources import ImageRows, load_image_rows
@@ -85,6 +85,8 @@ class DataSource:
                 same = self.forget_data_dir == self.train_data_dir
                 column = self.image_column if same else "image"
                 forget = self._folder("--forget_data_dir", self.forget_data_dir, column, every_file=True)
+                if not same:
+                    warn_of_marks(train.rows, "--forget_data_dir")
                 return GivenRows(train, forget)
         by_column = (self.forget_column, self.forget_value)
         indices = forget_rows_of(train.rows, train.column, self.forget_files, *by_column, self.train_data_dir)
@@ -177,6 +179,7 @@ def split_data(
     )
     in_train = given.forget_indices
     forget_digests = digest(forget, range(len(forget))) if in_train is None else digest(train, in_train)
+    forget.refuse_several_pictures()
     order = KeepOrder(train, candidates, set(forget_digests), seed, max_keep)
     order.walk(len(train) if num_positions is None else num_positions, digest)
     if len(order.drawn) == 0:

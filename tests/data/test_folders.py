@@ -182,6 +182,19 @@ class TestForgetSet:
         (folder / "above").symlink_to(tmp_path)
         assert "(above)" in refusal(forget_set, folder)
 
+    @pytest.mark.parametrize("suffix", ["gif", "tiff", "webp", "png"])
+    def test_a_file_of_several_pictures_is_refused(self, suffix, tmp_path):
+        """Only the first would be forgotten. In the keep set the first is used."""
+        keep = write(tmp_path / "keep", "a.png")
+        for folder in (keep, tmp_path / "forget"):
+            folder.mkdir(exist_ok=True)
+            picture(5).save(folder / f"b.{suffix}", save_all=True, append_images=[picture(6), picture(7)])
+        source = DataSource(train_data_dir=str(keep), forget_data_dir=str(tmp_path / "forget"))
+        message = refusal(split_data, source.load(), ImageTransform(3, 8), seed=0)
+        assert f"b.{suffix} holds 3 pictures" in message and message.startswith("--forget_data_dir")
+        picture(9).save(tmp_path / "forget" / f"b.{suffix}")
+        assert split_data(source.load(), ImageTransform(3, 8), seed=0).counts()["keep"] == 2
+
     def test_only_the_forget_set_is_so_strict(self, tmp_path, caplog):
         keep = write(tmp_path / "keep", "a.png", "b.png")
         (keep / "a.txt").write_text("x")
@@ -275,7 +288,7 @@ def test_the_audit_compares_with_every_image(tmp_path):
 
 # Names that tools take for something else, on purpose.
 PARTS = st.sampled_from(
-    ["train", "test", "a", "dev", "x train-1", "Ünï", "data", "metadata", "__x", "file, name", "p.q"]
+    ["train", "test", "a", "dev", "x train-1", "Ünï", "data", "metadata", "__x", "file, name", "p.q", "[0-9]*"]
 )
 SUFFIXES = st.sampled_from(
     [".png", ".PNG", ".jpg", ".webp", ".tiff", ".bmp", ".gif", ".avif", "", ".heic", ".txt", ".dat"]
