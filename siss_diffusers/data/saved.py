@@ -28,7 +28,7 @@ def load_saved(flag: str, name: str) -> datasets.Dataset | None:
         UsageError: for a folder without that split, or that names files outside of it.
     """
     folder = Path(name)
-    if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
+    if not any(os.path.isfile(folder / file) for file in ("dataset_dict.json", "state.json")):
         return None
     if (folder / "dataset_dict.json").is_file():
         if not (folder / "train" / "state.json").is_file():
@@ -59,8 +59,10 @@ def check_metadata_names(flag: str, folder: str) -> None:
     Raises:
         UsageError: saying how to name it.
     """
+    if not os.path.isdir(folder):
+        return
     for place in (Path(folder), *(path for path in Path(folder).glob("*/") if not path.is_symlink())):
-        names = {name.lower(): name for name in (os.listdir(place) if place.is_dir() else [])}
+        names = {name.lower(): name for name in os.listdir(place)}
         if any(name in names.values() for name in METADATA):
             continue
         for name in (*MISNAMED, *METADATA):

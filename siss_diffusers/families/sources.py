@@ -74,6 +74,9 @@ class NamedPipeline:
     network_revision: str | None = None
     is_ours = True
 
+    def __post_init__(self) -> None:
+        self.name = str(self.name)  # pipelines remember where they come from as a `Path`, too
+
     def describe(self) -> str:
         return self.name
 
@@ -81,9 +84,9 @@ class NamedPipeline:
     def pipeline_config(self) -> dict:
         folder = Path(self.name)
         is_adapter = any(
-            (folder / file).exists() for file in ("pytorch_lora_weights.safetensors", "adapter_config.json")
+            os.path.exists(folder / file) for file in ("pytorch_lora_weights.safetensors", "adapter_config.json")
         )
-        if is_adapter and not (folder / "model_index.json").exists():
+        if is_adapter and not os.path.exists(folder / "model_index.json"):
             raise UsageError(f"{self.flag}: {self.name} is an adapter; name the pipeline that it was trained on")
         config = load_pipeline_config(self.name, self.flag, revision=self.revision, cache_dir=self.cache_dir)
         loaded = [name for name in components_of(config) if name not in NOT_IN_TRAINING and (folder / name).is_dir()]
