@@ -63,7 +63,7 @@ def check_metadata_names(flag: str, folder: str) -> None:
     if not os.path.isdir(folder):
         return
     for place in (Path(folder), *(path for path in Path(folder).glob("*/") if not path.is_symlink())):
-        names = {name.lower(): name for name in (os.listdir(place) if place.is_dir() else [])}
+        names = {name.lower(): name for name in os.listdir(place)}
         if any(name in names.values() for name in METADATA):
             continue
         for name in (*MISNAMED, *METADATA):

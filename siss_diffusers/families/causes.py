@@ -41,13 +41,13 @@ def check_is_pipeline(name: str, flag: str) -> None:
     if address:
         raise UsageError(f"{flag}: {name} is an address; name the repository, {address[1]}")
     folder = Path(name or "no name")
-    if folder.is_file():
+    if os.path.isfile(folder):  # unlike Path.is_file, this bears any name
         if "lora" in folder.name.lower():
             raise UsageError(f"{flag}: {name} is an adapter; name the pipeline that it was trained on")
         if folder.suffix == ".safetensors":
             raise UsageError(f"{flag}: {name} {convert_sentence(folder)}")
         raise UsageError(f"{flag}: {name} is a file; name the folder of a pipeline, which holds model_index.json")
-    if folder.is_dir():
+    if os.path.isdir(folder):
         check_folder(folder, name, flag)
     elif looks_like_path(name):
         raise UsageError(f"{flag}: there is no folder {name or repr(name)}; name a folder or a repository on the Hub")

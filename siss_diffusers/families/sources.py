@@ -37,6 +37,9 @@ class NamedPipeline:
     network_revision: str | None = None
     is_ours = True
 
+    def __post_init__(self) -> None:
+        self.name = str(self.name)  # pipelines remember where they come from as a `Path`, too
+
     def describe(self) -> str:
         return self.name
 

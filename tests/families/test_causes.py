@@ -49,7 +49,7 @@ def test_other_things_than_a_pipeline(pipeline_folder, tmp_path):
     assert "is a UNet2DConditionModel alone" in refusal(shutil.copytree(pipeline_folder / "unet", tmp_path / "unet"))
     address = "https://huggingface.co/CompVis/stable-diffusion-v1-4/tree/main"
     assert refusal(address).endswith("name the repository, CompVis/stable-diffusion-v1-4")
-    for name in ("./gone", "/gone/x", "a/b/c", "~nobody/x", ""):
+    for name in ("./gone", "/gone/x", "a/b/c", "~nobody/x", "", "/" + 5_000 * "a"):
         assert "there is no folder" in refusal(name)
     (tmp_path / "empty").mkdir()
     assert "it holds no model_index.json" in refusal(tmp_path / "empty")
