@@ -14,8 +14,8 @@ from siss_diffusers.curation import sample_prompt
 from siss_diffusers.data.images import ImageTransform, read_image
 from siss_diffusers.errors import UsageError, describe_error
 from siss_diffusers.families import Family, Sampling
-from siss_diffusers.metrics.copies import correlation, for_detectors
 from siss_diffusers.metrics.noise_norm import TextNoiseNorms, first_noise_norm, mean_noise_norm
+from siss_diffusers.similarity import correlation, for_detectors
 
 
 @dataclass(frozen=True)
