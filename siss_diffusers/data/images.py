@@ -170,25 +170,32 @@ class Images:
 
     def load(self, index: int, generator: np.random.Generator | None = None) -> Tensor:
         """`(C, H, W)` float32 in [-1, 1]; without a generator nothing is random."""
+        return self._transformed(index, self.open(index), generator)
+
+    def look(self, index: int) -> tuple[bytes, Tensor]:
+        """Return the digest of a picture and what `load` returns for it; the file is decoded once."""
         image = self.open(index)
-        try:
-            return self.transform(image, generator)
-        except ValueError as error:
-            raise UsageError(f"{self.flag}: cannot use {self._name(index)}: {describe_error(error)}")
+        pixels = self._transformed(index, image)
+        if not image.mode.startswith("I;16"):
+            image = image.convert("RGB")
+        return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest(), pixels
 
     def digest(self, index: int) -> bytes:
         """Identifies the decoded pixels, whatever the file format. Also proves that the image can be used."""
-        self.load(index)
-        image = self.open(index)
-        if not image.mode.startswith("I;16"):
-            image = image.convert("RGB")
-        return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest()
+        return self.look(index)[0]
 
-    def _name(self, index: int) -> str:
-        return self.rows[index][self.column]["path"] or f"image {index}"
+    def name(self, index: int) -> str:
+        """Return the name of a picture's file, or its number."""
+        return self.rows[int(index)][self.column]["path"] or f"image {index}"
+
+    def _transformed(self, index: int, image: Image.Image, generator: np.random.Generator | None = None) -> Tensor:
+        try:
+            return self.transform(image, generator)
+        except ValueError as error:
+            raise UsageError(f"{self.flag}: cannot use {self.name(index)}: {describe_error(error)}")
 
     def _unreadable(self, index: int, why: str) -> UsageError:
-        return UsageError(f"{self.flag}: cannot read {self._name(index)} ({why}); repair or remove it")
+        return UsageError(f"{self.flag}: cannot read {self.name(index)} ({why}); repair or remove it")
 
 
 def source_of(cell: dict) -> str | bytes:
