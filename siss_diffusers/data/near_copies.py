@@ -2,7 +2,7 @@
 
 A picture is a near copy where it correlates by `MIN_SIMILARITY` with a forget image, and lies `GAP` times nearer to a
 perfect copy than the most similar of the ordinary images to keep. The second condition spares handwritten digits of one
-class, which correlate by 0.98 with each other; benchmarks/near_copies.py shows what the rule finds and what it spares.
+class, which correlate by up to 0.99 with each other. benchmarks/near_copies.py shows what the rule finds and spares.
 """
 
 from collections.abc import Callable, Sequence

@@ -52,7 +52,7 @@ class TrainingSet:
         if order.near is None:
             advice = "without --no-drop_near_duplicates near copies of forget images are left out"
         elif order.near_copies:
-            advice = f"{len(order.near_copies)} near copies are left out now, and --no-drop_near_duplicates keeps them"
+            advice = f"near copies left out now: {len(order.near_copies)}; --no-drop_near_duplicates keeps them"
         parts = {
             "images to keep": DataPart(len(order.candidates), order.digests[order.drawn], advice),
             "images to forget": DataPart(len(self.split.forget), self.split.forget_digests),
@@ -129,7 +129,7 @@ def log_counts(training_set: TrainingSet) -> None:
     )
     if counts["near_duplicates_removed"]:
         logger.warning(
-            f"Removed {counts['near_duplicates_removed']} near copies of forget images from the keep set, too; look at"
+            f"Near copies of forget images, removed from the keep set, too: {counts['near_duplicates_removed']}; look at"
             f" {NEAR_DUPLICATES}, and add --no-drop_near_duplicates if they are to be kept"
         )
 

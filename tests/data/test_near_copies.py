@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
+from sklearn.datasets import load_sample_image
 
-from siss_diffusers.assets.captioned import _photograph, flower_images, memorized_image
+from siss_diffusers.assets.captioned import flower_images, memorized_image
 from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.data import near_copies
 from siss_diffusers.data.images import Images, ImageTransform
@@ -52,10 +53,14 @@ CHANGES = {
 }
 
 
+def photograph(name: str) -> Image.Image:
+    return Image.fromarray(load_sample_image(name))
+
+
 def photographs() -> list[Image.Image]:
     """Crops of two photographs that share no more than two thirds of their area."""
     return [
-        _photograph(name).crop((x, 100, x + 150, 250)).resize((256, 256), Image.Resampling.LANCZOS)
+        photograph(name).crop((x, 100, x + 150, 250)).resize((256, 256), Image.Resampling.LANCZOS)
         for name in ("flower.jpg", "china.jpg")
         for x in range(0, 490, 50)
     ]
@@ -168,7 +173,7 @@ class TestOrder:
 
     def rows(self):
         pictures = [np.asarray(picture.resize((64, 64))) for picture in photographs() + photographs()]
-        forget = Image.fromarray(np.asarray(_photograph("china.jpg").crop((0, 260, 150, 410)).resize((64, 64))))
+        forget = Image.fromarray(np.asarray(photograph("china.jpg").crop((0, 260, 150, 410)).resize((64, 64))))
         pictures[17] = pictures[30] = np.asarray(forget)
         pictures[5], pictures[11] = np.asarray(jpeg(forget, 60)), np.asarray(ImageOps.mirror(forget))
         pictures[23] = np.asarray(resized(forget, 2))
