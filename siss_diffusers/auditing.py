@@ -11,12 +11,13 @@ from torch import Tensor
 
 from siss_diffusers.curation import sample_prompt
 from siss_diffusers.data.folders import describe_passed_over, list_folder, refuse_archives
-from siss_diffusers.data.images import ImageTransform, read_image
+from siss_diffusers.data.images import ImageTransform
+from siss_diffusers.data.viewing import read_image
 from siss_diffusers.errors import UsageError, describe_error
 from siss_diffusers.families import Family, Sampling
 from siss_diffusers.metrics.broken import broken
-from siss_diffusers.metrics.copies import correlation, for_detectors
 from siss_diffusers.metrics.noise_norm import NOT_IN_ONE_BATCH, TextNoiseNorms, first_noise_norm, mean_noise_norm
+from siss_diffusers.similarity import correlation, for_detectors
 
 
 @dataclass(frozen=True)

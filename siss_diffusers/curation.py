@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from siss_diffusers.data.images import to_channels
+from siss_diffusers.data.viewing import to_channels
 from siss_diffusers.distributed import on_all_processes, on_main_process
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families import Family, Sampling

@@ -92,7 +92,12 @@ class Outcome:
         chosen = EvaluationSettings(
             **{"guidance_scale": self.settings.guidance_scale, "seed": self.settings.seed} | settings
         )
-        split = split_data(self.given, evaluation_transform(self.family), self.settings.seed)
+        split = split_data(
+            self.given,
+            evaluation_transform(self.family),
+            self.settings.seed,
+            drop_near_duplicates=self.settings.drop_near_duplicates,
+        )
         keep, prompts = split.train.select(np.sort(split.order.drawn)), [None, None]
         if self.family.has_prompts:
             prompts = [

@@ -19,6 +19,7 @@ from siss_diffusers.settings import Settings, resolve
 from siss_diffusers.storage.files import LORA_FILE
 from siss_diffusers.storage.folders import made_folder
 from siss_diffusers.training.adapters import check_target_modules
+from siss_diffusers.training.near_duplicates import write_near_duplicates
 from siss_diffusers.training.network import TrainedNetwork
 from siss_diffusers.training.output_dir import check_output_dir
 from siss_diffusers.training.problem import Problem
@@ -137,6 +138,8 @@ def fit(run: Run, rule: Rule, family: Family, source: PipelineSource, given: Giv
     network = problem.network
     model_files = [name for name, value in source.pipeline_config.items() if isinstance(value, list)]
     run.start([*model_files, "model_index.json", LORA_FILE])
+    if run.accelerator.is_main_process:
+        write_near_duplicates(run.output_dir, training_set.split)
     if run.saved is not None:
         network.load_weights(run.checkpoint)
         restore_training_state(run.saved, run.accelerator, network.optimizer, network.lr_scheduler, network.ema)
@@ -157,6 +160,7 @@ def fit(run: Run, rule: Rule, family: Family, source: PipelineSource, given: Giv
         if folder is not None:
             write_run_record(folder, run, problem, counts)
             write_receipt(folder / "receipt.json", training_set.split.forget_digests)
+            write_near_duplicates(folder, training_set.split)
 
     log_start(run, network)
     train(run, problem, gradients, validation, write_checkpoint, write_result)

@@ -29,7 +29,7 @@ def open_picture(file: Path, flag: str) -> "Image.Image":
     Raises:
         UsageError: if it cannot be read.
     """
-    from siss_diffusers.data.images import read_image, to_channels
+    from siss_diffusers.data.viewing import read_image, to_channels
 
     try:
         return to_channels(read_image(file), 3)

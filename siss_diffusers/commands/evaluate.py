@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--caption_column", default="text", help="The column of the prompts; default: text.")
     data.add_argument("--cache_dir", type=path, help="Where downloaded models and data sets are kept.")
     add_forget_set_arguments(data)
+    data.add_argument(
+        "--drop_near_duplicates",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Leave near copies of forget images out of the keep set, as in training.",
+    )
     samples = parser.add_argument_group("samples")
     samples.add_argument(
         "--num_samples",
@@ -221,7 +227,7 @@ def split(args: argparse.Namespace, family: "Family") -> tuple["Images", "Images
     transform = ImageTransform(
         channels=family.channels, resolution=family.resolution, center_crop=True, random_flip=False
     )
-    data = split_data(DataSource.of(args).load(), transform, args.seed)
+    data = split_data(DataSource.of(args).load(), transform, args.seed, drop_near_duplicates=args.drop_near_duplicates)
     return data.train.select(np.sort(data.order.drawn)), data.forget, data.counts()
 
 

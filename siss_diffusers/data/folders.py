@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from siss_diffusers.data.images import image_formats, open_image
 from siss_diffusers.data.metadata import METADATA_FILES, concatenate, file_columns, read_metadata
+from siss_diffusers.data.viewing import image_formats, open_image
 from siss_diffusers.errors import UsageError, describe_error
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from siss_diffusers.data.images import as_viewed
 from siss_diffusers.data.sources import ImageRows, load_image_rows, undecoded
+from siss_diffusers.data.viewing import as_viewed
 from siss_diffusers.errors import UsageError, describe_error
 
 

@@ -11,7 +11,8 @@ from accelerate.utils import gather_object
 
 from siss_diffusers.data.forget_set import forget_rows_of, warn_of_marks
 from siss_diffusers.data.images import Images, ImageTransform
-from siss_diffusers.data.keep_order import KeepOrder, digest_images
+from siss_diffusers.data.keep_order import KeepOrder, look_at, read_in_parts
+from siss_diffusers.data.near_copies import Match
 from siss_diffusers.data.sources import ImageRows, load_image_rows
 from siss_diffusers.errors import UsageError
 
@@ -140,6 +141,10 @@ class Split:
         """Return the numbers of images for `unlearning.json`."""
         return {"train": len(self.train), "forget": len(self.forget), **self.order.counts()}
 
+    def forget_row(self, match: Match) -> int:
+        """Return the number of the first forget image that a near copy is similar to."""
+        return self.forget_digests.index(match.digest)
+
 
 def split_data(
     given: GivenRows,
@@ -147,12 +152,14 @@ def split_data(
     seed: int,
     num_positions: int | None = None,
     max_keep: int | None = None,
+    drop_near_duplicates: bool = True,
 ) -> Split:
-    """Split a training set; exact duplicates of images to forget leave the keep set.
+    """Split a training set; copies of images to forget leave the keep set.
 
     Args:
         num_positions: how far the order of the images to keep is checked; None: every image.
         max_keep: use only so many images of the keep set.
+        drop_near_duplicates: whether near copies leave the keep set, too, or exact ones only.
 
     Raises:
         UsageError: for a set that is empty, or an image that is needed and cannot be used.
@@ -171,19 +178,23 @@ def split_data(
     for rows in (given.train, given.forget):
         if state.is_main_process and rows is not None and rows.passed_over:
             logger.warning(f"{rows.flag}: passed over {rows.passed_over}")
-    digest = partial(
-        digest_images,
+    in_parts = partial(
+        read_in_parts,
         process_index=state.process_index,
         num_processes=state.num_processes,
         gather=gather_object if state.num_processes > 1 else list,
     )
-    in_train = given.forget_indices
-    forget_digests = digest(forget, range(len(forget))) if in_train is None else digest(train, in_train)
+    if given.forget_indices is None:
+        looks = in_parts(partial(look_at, forget), range(len(forget)))
+    else:
+        looks = in_parts(partial(look_at, train), given.forget_indices)
     forget.refuse_several_pictures()
-    order = KeepOrder(train, candidates, set(forget_digests), seed, max_keep)
-    order.walk(len(train) if num_positions is None else num_positions, digest)
+    thumbnails = dict(looks)
+    order = KeepOrder(train, candidates, set(thumbnails), seed, max_keep, thumbnails if drop_near_duplicates else None)
+    order.walk(len(train) if num_positions is None else num_positions, in_parts)
     if len(order.drawn) == 0:
+        near = "; --no-drop_near_duplicates keeps near copies" if order.near_copies else ""
         raise UsageError(
-            "nothing to keep: every image of the training set is in the forget set; widen --train_data_dir"
+            f"nothing to keep: every image of the training set is in the forget set; widen --train_data_dir{near}"
         )
-    return Split(train, forget, order, forget_digests)
+    return Split(train, forget, order, [digest for digest, _ in looks])

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from siss_diffusers.metrics.broken import finite
 from siss_diffusers.metrics.clusters import CopyCluster
-from siss_diffusers.metrics.copies import CopyDetectors, for_detectors
+from siss_diffusers.metrics.copies import CopyDetectors
 from siss_diffusers.metrics.damage import damaged
 from siss_diffusers.metrics.features import copy_similarity, pixel_features
+from siss_diffusers.similarity import for_detectors
 
 
 MIN_SILHOUETTE = 0.25  # below, k-means has split what is one cluster

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from siss_diffusers.metrics.base import ALL_BROKEN, NO_PROMPTS, Metric, Skip, not_empty
 from siss_diffusers.metrics.formats import four_digits, percent, short_number
+from siss_diffusers.similarity import correlation, for_detectors, pixel_l2
 
 
 if TYPE_CHECKING:
     from siss_diffusers.evaluation.model import MeasuredModel
 
-# Samples are compared with the forget images at this size at most, which a copy's small shifts and blurs survive.
-DETECTOR_SIZE = 64
 # Thresholds are calibrated on at most this many of the images to keep.
 MAX_KEEP_IMAGES = 2_000
 
@@ -29,56 +27,6 @@ DETECTORS = {
     "cluster": "The picture falls into the base's cluster of copies",
     "any": "At least one detector flags the picture. The report calls such a picture a copy",
 }
-
-
-def for_detectors(images: Tensor) -> Tensor:
-    """Return images `(N, C, H, W)` at the size at which copies are looked for; small ones as they are."""
-    size = min(DETECTOR_SIZE, images.shape[-1])
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-
-
-def pixel_l2(samples: Tensor, references: Tensor) -> Tensor:
-    """Return the distance to the nearest reference, `(N,)`: the T-shirt rule of the SISS paper. Pixels in [0, 1].
-
-    Args:
-        samples: `(N, C, H, W)`.
-        references: `(K, C, H, W)`.
-    """
-    # By differences: through a matrix product, which cdist takes for more than 25 rows, an exact copy of 3x256x256
-    # pixels is 0.5 away from itself.
-    distances = torch.cdist(samples.flatten(1), references.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.amin(1)
-
-
-def correlation(samples: Tensor, references: Tensor, max_shift: int = 1) -> Tensor:
-    """Return the highest zero-mean normalised correlation with any reference moved by up to `max_shift` pixels.
-
-    Brightness and contrast do not change it, and noise, blur and small translations change it little. All of these
-    defeat a pixel distance. It is taken in colour and in grey, so that burnt colours do not hide a copy either. A flat
-    sample correlates with nothing: 0.
-
-    Args:
-        samples: `(N, C, H, W)`.
-        references: `(K, C, H, W)`.
-
-    Returns:
-        `(N,)` in [-1, 1].
-    """
-    height, width = references.shape[-2:]
-    padded = F.pad(references, (max_shift,) * 4, mode="replicate")
-    moved = torch.cat(
-        [
-            padded[..., top : top + height, left : left + width]
-            for top in range(2 * max_shift + 1)
-            for left in range(2 * max_shift + 1)
-        ]
-    )
-    samples, moved = (images - images.mean(dim=(2, 3), keepdim=True) for images in (samples, moved))
-    in_colour, in_grey = (
-        (F.normalize(first.flatten(1), dim=1) @ F.normalize(second.flatten(1), dim=1).T).amax(1)
-        for first, second in ((samples, moved), (samples.mean(1), moved.mean(1)))
-    )
-    return torch.maximum(in_colour, in_grey)
 
 
 @dataclass(frozen=True)

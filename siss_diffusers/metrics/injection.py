@@ -10,9 +10,9 @@ from torch import Tensor
 
 from siss_diffusers.metrics.base import Probe
 from siss_diffusers.metrics.broken import broken
-from siss_diffusers.metrics.copies import correlation, for_detectors
 from siss_diffusers.metrics.likelihood import noise_prediction
 from siss_diffusers.noising import GaussianPath
+from siss_diffusers.similarity import correlation, for_detectors
 
 
 if TYPE_CHECKING:

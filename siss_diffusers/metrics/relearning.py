@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siss_diffusers.metrics.base import Probe, Skip
-from siss_diffusers.metrics.copies import for_detectors, pixel_l2
 from siss_diffusers.noising import GaussianPath
+from siss_diffusers.similarity import for_detectors, pixel_l2
 
 
 if TYPE_CHECKING:

@@ -142,6 +142,9 @@ class Settings:
         " `forget` is used without asking.", group=UNLEARNING, resume="free")
     forget_value: str | None = setting(None, "Forget the rows with this value in --forget_column.", group=UNLEARNING,
         resume="free")
+    drop_near_duplicates: bool = setting(True, "Leave near copies of forget images out of the keep set, too: encoded again,"
+        " resized, cropped a little, brightened or mirrored. --no-drop_near_duplicates leaves out exact duplicates only.",
+        group=UNLEARNING, resume="free", public=True)
     timestep_range: Any = setting(None, "Train on timesteps LO <= t < HI only; all by default.", parse=natural_number,
         nargs=2, metavar=("LO", "HI"), group=UNLEARNING)
     forget_timestep_ranges: Any = setting(None, "Forget at timesteps LO <= t < HI only, while the images to keep are"

@@ -16,7 +16,7 @@ def write_receipt(path: Path, digests: Sequence[bytes]) -> None:
     file would let anyone who holds the image do so. The file is readable by its owner only.
 
     Args:
-        digests: of the decoded pixels, from `data.digest_images`.
+        digests: of the decoded pixels, from `Images.look`.
     """
     key = secrets.token_bytes(32)
     write_json(

@@ -11,9 +11,10 @@ from PIL import Image, ImageOps
 
 from siss_diffusers.auditing import load_training_images
 from siss_diffusers.commands.curated_folder import open_picture
-from siss_diffusers.data import images
-from siss_diffusers.data.images import ImageTransform, read_image
+from siss_diffusers.data import viewing
+from siss_diffusers.data.images import ImageTransform
 from siss_diffusers.data.memory import rows_of
+from siss_diffusers.data.viewing import read_image
 from tests.data.test_untrusted_pictures import one_image
 from tests.helpers.untrusted import refusal
 
@@ -68,7 +69,7 @@ class TestOrientation:
 
     def test_it_is_applied_once(self):
         viewed = read_image(saved(photo(), "PNG", exif=exif(6)))
-        assert np.array_equal(np.asarray(images.as_viewed(viewed)), np.asarray(viewed))
+        assert np.array_equal(np.asarray(viewing.as_viewed(viewed)), np.asarray(viewed))
 
     def test_damaged_tags_are_none(self):
         content = saved(photo(), "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
@@ -131,7 +132,7 @@ class TestTransparency:
 
     def test_it_is_said_once(self, caplog):
         caplog.set_level(logging.INFO)
-        images.tell_of_white.cache_clear()
+        viewing.tell_of_white.cache_clear()
         read_image(saved(photo().convert("RGBA"), "PNG"))
         assert not caplog.messages
         for _ in range(2):

@@ -50,6 +50,7 @@ SMALL = {
 CLUTTER = (
     "jane.png",
     "receipt.json",
+    "near_duplicates.csv",
     "train_log.jsonl",
     "metadata.jsonl",
     "prompts.txt",

@@ -40,6 +40,7 @@ def test_every_method_runs_and_changes_only_the_unet(kind, method, full_args, pi
         "forget": NUM_FORGET,
         "keep": NUM_KEEP,
         "duplicates_removed": 0,
+        "near_duplicates_removed": 0,
         "checked": NUM_KEEP,
     }
     if kind == "lora":
