@@ -50,7 +50,7 @@ def thumbnail(pixels: Tensor) -> Tensor:
 
     In float64, in which the rounding of a matrix product, that may depend on how many pictures it has, decides nothing.
     """
-    return shrink(pixels[None].double() / 2 + 0.5, SIZE)[0]
+    return shrink(pixels[None], SIZE)[0].double() / 2 + 0.5
 
 
 class NearCopies:
