@@ -34,6 +34,9 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return large[:, 0].byte().numpy(), classes
 
 
+MEASURED = set(METHODS) - {"redirect"}  # which is newer than the experiment
+
+
 @pytest.fixture(scope="module")
 def data(digits, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("data") / "digits.npz"
@@ -43,7 +46,7 @@ def data(digits, tmp_path_factory) -> Path:
 
 class TestSettings:
     def test_every_method_is_there_and_every_sweep_has_the_same_size(self):
-        assert set(METHODS) <= set(settings.SWEEP)
+        assert MEASURED <= set(settings.SWEEP)
         for variant, swept in settings.SWEEP.items():
             assert len({settings.describe(flags) for flags in swept}) == len(swept) == settings.SWEEP_SIZE
             assert {flags["--method"] for flags in swept} == {variant.split(",")[0]}
@@ -79,6 +82,9 @@ class TestSettings:
             path=path,
             uniform=torch.rand_like(image),
             neighbors=image.unsqueeze(1),
+            posterior_mean=image,
+            thresholds=torch.ones(2),
+            keep_thresholds=torch.ones(2),
         )
         two = {name for name, method in METHODS.items() if len(method().rows(query)) == 4}
         assert two == set(settings.TWO_ROWS)
@@ -174,7 +180,7 @@ def test_the_summary_has_one_row_for_each_method_with_averaged_weights():
             measured = dict.fromkeys(("nll_forget_bpd", "inception_score", "fid", "membership_auc_strangers"), 2.0)
             lines[f"{variant}/{setting}"] = about | measured
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.summary_table(lines).splitlines()[2:]]
-    assert {name.strip("*`") for name, *_ in rows} == set(METHODS) and len(rows) == len(METHODS)
+    assert {name.strip("*`") for name, *_ in rows} == MEASURED and len(rows) == len(MEASURED)
     assert [name for name, *_ in rows if "*" in name] == ["**`siss`**"]
     assert all(row[1:] == ["1", "25.00 %", "2.0", "2.00", "2.0", "2.00"] for row in rows)
 
