@@ -127,10 +127,7 @@ def prepare_samples(
     split = training_set.split
     samples = Samples(split.train, split.forget)
     if threshold_source(settings, method) in ("strangers", "both"):
-        turned = [
-            shuffled_index(settings.seed, 1, position, len(split.forget)) for position in range(len(split.forget))
-        ]
-        strangers = Strangers(split.forget, turned[:MAX_TURNED_IMAGES])
+        strangers = Strangers(split.forget, images_to_turn(settings.seed, split.forget_digests))
         samples.strangers = strangers
         samples.stranger_sources = tuple(strangers.source_of(index) for index in range(len(strangers)))
     if family.has_prompts:
@@ -156,6 +153,16 @@ def prepare_samples(
         images = samples.keep_posterior.images
         logger.info(f"Redirecting to {len(images)} images to keep, which take {images.nbytes / 1e6:.0f} MB")
     return samples
+
+
+def images_to_turn(seed: int, digests: list[bytes]) -> list[int]:
+    """Choose the images to forget that strangers are made of: the first in the order in which they are drawn, each picture
+    once however many copies of it there are."""
+    chosen: dict[bytes, int] = {}
+    for position in range(len(digests)):
+        index = shuffled_index(seed, 1, position, len(digests))
+        chosen.setdefault(digests[index], index)
+    return list(chosen.values())[:MAX_TURNED_IMAGES]
 
 
 def threshold_source(settings: Settings, method: Method) -> str | None:
