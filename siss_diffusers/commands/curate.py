@@ -159,6 +159,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UsageError: for bad input, or if no prompt could be curated.
     """
+    from accelerate import PartialState
 
     output_dir = Path(args.output_dir)
     if args.flip is not None or args.move is not None:
@@ -171,8 +172,8 @@ def main(args: argparse.Namespace) -> None:
     references = [] if args.reference is None else [load_picture(Path(args.reference), "--reference")]
     features = load_features(args.feature_extractor, args.feature_size, args.batch_size)
     with made_folder("--output_dir", output_dir):
-        is_main = sample_prompts(prompts, args, output_dir, settings)
-    if is_main:
+        sample_prompts(prompts, args, output_dir, settings)
+    if PartialState().is_main_process:
         split_prompts(prompts, references, features, args, output_dir, settings)
 
 

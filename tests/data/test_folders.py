@@ -193,7 +193,8 @@ class TestForgetSet:
         message = refusal(split_data, source.load(), ImageTransform(3, 8), seed=0)
         assert f"b.{suffix} holds 3 pictures" in message and message.startswith("--forget_data_dir")
         picture(9).save(tmp_path / "forget" / f"b.{suffix}")
-        assert split_data(source.load(), ImageTransform(3, 8), seed=0).counts()["keep"] == 2
+        split = split_data(source.load(), ImageTransform(3, 8), seed=0, drop_near_duplicates=False)
+        assert split.counts()["keep"] == 2
 
     def test_only_the_forget_set_is_so_strict(self, tmp_path, caplog):
         keep = write(tmp_path / "keep", "a.png", "b.png")
