@@ -120,7 +120,7 @@ class Images:
                 raise self._unreadable(index, describe_error(error))
             if count > 1:
                 raise UsageError(
-                    f"{self.flag}: {self._name(index)} holds {count} pictures, of which only the first would be"
+                    f"{self.flag}: {self.name(index)} holds {count} pictures, of which only the first would be"
                     " forgotten; save each as a file of its own"
                 )
 
