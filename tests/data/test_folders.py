@@ -202,7 +202,15 @@ class TestForgetSet:
         forget = write(tmp_path / "forget", "train.png")
         source = DataSource(train_data_dir=str(keep), forget_data_dir=str(forget))
         split = split_data(source.load(), ImageTransform(3, 8), seed=0)
-        assert split.counts() == {"train": 2, "forget": 1, "keep": 1, "duplicates_removed": 1, "checked": 2}
+        counts = {
+            "train": 2,
+            "forget": 1,
+            "keep": 1,
+            "duplicates_removed": 1,
+            "near_duplicates_removed": 0,
+            "checked": 2,
+        }
+        assert split.counts() == counts
         assert "--train_data_dir: passed over 1 files that are no images by their suffix (1 .txt)" in caplog.text
 
 
