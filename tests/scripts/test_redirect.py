@@ -25,6 +25,9 @@ from tests.helpers.pictures import SECRET, read_metadata
 from tests.helpers.runs import LORA, UNET, read_log, without_times
 
 
+pytestmark = pytest.mark.slow  # tests/methods and tests/training cover the method and its parts quickly
+
+
 REDIRECT = {"--method": "redirect"}
 
 
