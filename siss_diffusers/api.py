@@ -1,5 +1,6 @@
 """The door of Python: `unlearn(pipeline, forget, keep)`."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,22 @@ from siss_diffusers.errors import UsageError
 from siss_diffusers.families import Family, LoadedPipeline, Sampling, find_family
 from siss_diffusers.outcome import Outcome
 from siss_diffusers.settings import Settings, TextToImageSettings, UnconditionalSettings, resolve
+from siss_diffusers.storage.folders import made_folder
 from siss_diffusers.training.output_dir import check_output_dir
 from siss_diffusers.training.run import Run
 from siss_diffusers.unlearning import fit, with_family_defaults
+
+
+# Settings that name what Python has as an object.
+OBJECTS_INSTEAD = (
+    dict.fromkeys(
+        ("pretrained_model_name_or_path", "revision", "variant", "non_ema_revision"), "give the pipeline itself"
+    )
+    | dict.fromkeys(
+        ("train_data_dir", "dataset_name", "dataset_config_name", "image_column"), "give the data as `keep`"
+    )
+    | {"forget_data_dir": "give the data as `forget`"}
+)
 
 
 def unlearn(
@@ -54,20 +68,41 @@ def unlearn(
     source = LoadedPipeline(pipeline)
     family_class = find_family(source)
     settings_class = TextToImageSettings if family_class.has_prompts else UnconditionalSettings
+    check_python_settings(settings)
+    if isinstance(keep, str | Path):
+        settings["train_data_dir"] = str(keep)  # what `forget_files` are names within
     chosen, method, rule = resolve(settings_class.from_values({"report_to": "none"} | settings))
     family = family_class.from_source(source, chosen.resolution)
+    if getattr(family.network(pipeline), "peft_config", None):
+        raise UsageError(
+            "pipeline: an adapter is loaded in it; take it off by pipeline.unload_lora_weights(), or make it part of the"
+            " weights by pipeline.fuse_lora() first"
+        )
     chosen = with_family_defaults(chosen, family, source)
     temporary = None if "output_dir" in settings else TemporaryDirectory(prefix="siss-")
     if temporary is None:
         check_output_dir(chosen)
     else:
         chosen = chosen.replace(output_dir=temporary.name, checkpointing_steps=None)
-    with own_accelerator_state():
+    with own_accelerator_state(), made_folder("--output_dir", chosen.output_dir):
         given = given_rows(family, pipeline, forget, keep, prompts, chosen)
         run = Run(chosen, method, Path(chosen.output_dir), is_program=False, saves_model=temporary is None)
         outcome = fit(run, rule, family, source, given)
     outcome.temporary = temporary
     return outcome
+
+
+def check_python_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings that only the scripts can use.
+
+    Raises:
+        UsageError: naming what to use instead.
+    """
+    for name, instead in OBJECTS_INSTEAD.items():
+        if name in settings:
+            raise UsageError(f"{name} is a flag of the scripts; in Python {instead}")
+    if settings.get("push_to_hub") and "output_dir" not in settings:
+        raise UsageError("push_to_hub needs output_dir; or call `push_to_hub(repo_id)` of what unlearn returns")
 
 
 def given_rows(
@@ -84,22 +119,27 @@ def given_rows(
         UsageError: for what cannot be used, or where nothing says what to forget or to keep.
     """
     captions = settings.caption_column if family.has_prompts else None
+    forget, keep = (at_home(images) for images in (forget, keep))
     if forget is None and keep is None:
         raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
     if forget is None:
         train = rows_of(keep, "keep", captions, cache_dir=settings.cache_dir)
-        folder = str(keep) if isinstance(keep, str | Path) else None
-        selection = (settings.forget_files, settings.forget_column, settings.forget_value, folder)
+        selection = (settings.forget_files, settings.forget_column, settings.forget_value, settings.train_data_dir)
         indices = forget_rows_of(train.rows, train.column, *selection)
         if indices is None:
             raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
         return GivenRows(train, forget_indices=indices)
-    to_forget = rows_of(forget, "forget", captions, prompts, settings.cache_dir)
+    to_forget = rows_of(forget, "forget", captions, prompts, settings.cache_dir, every_file=True)
     if keep is None and not family.has_prompts:
         raise UsageError("nothing to keep: give `keep`, for an unconditional model cannot sample it for a prompt")
     if keep is None:
         keep = sampled_images(family, pipeline, to_forget, settings)
     return GivenRows(rows_of(keep, "keep", captions, cache_dir=settings.cache_dir), to_forget)
+
+
+def at_home(images: Any) -> Any:
+    """Return a folder with `~` resolved, and anything else as it is."""
+    return os.path.expanduser(images) if isinstance(images, str | Path) else images
 
 
 def sampled_images(

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from siss_diffusers.curation import sample_prompt
-from siss_diffusers.data.images import ImageTransform, read_image
+from siss_diffusers.data.folders import describe_passed_over, list_folder, refuse_archives
+from siss_diffusers.data.images import ImageTransform
+from siss_diffusers.data.viewing import read_image
 from siss_diffusers.errors import UsageError, describe_error
 from siss_diffusers.families import Family, Sampling
-from siss_diffusers.metrics.copies import correlation, for_detectors
-from siss_diffusers.metrics.noise_norm import TextNoiseNorms, first_noise_norm, mean_noise_norm
+from siss_diffusers.metrics.broken import broken
+from siss_diffusers.metrics.noise_norm import NOT_IN_ONE_BATCH, TextNoiseNorms, first_noise_norm, mean_noise_norm
+from siss_diffusers.similarity import correlation, for_detectors
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,12 @@ class TrainingImages:
     Args:
         names: of their files.
         pictures: `(N, 3, H, W)` in [0, 1], at the size at which copies are looked for.
+        passed_over: how many files of what kind were not read, as a text; empty for none.
     """
 
     names: Sequence[str]
     pictures: Tensor
+    passed_over: str = ""
 
     def best_match(self, samples: Tensor) -> tuple[float, str]:
         """Return the highest correlation of a sample `(N, 3, H, W)` with a training image, and the name of its file."""
@@ -48,18 +52,19 @@ def load_training_images(folder: str, resolution: int, flag: str = "--train_data
     Raises:
         UsageError: for a folder without images, or an image that cannot be read.
     """
-    suffixes = set(Image.registered_extensions())
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in suffixes)
-    if not files:
+    files = list_folder(flag, folder)
+    refuse_archives(flag, files)
+    if not files.images:
         raise UsageError(f"{flag}: no images in {folder}")
     transform = ImageTransform(channels=3, resolution=resolution, center_crop=True, random_flip=False)
     pictures = []
-    for file in files:
+    for file in files.images:
         try:
             pictures.append(for_detectors(transform(read_image(file))[None] / 2 + 0.5)[0])
         except ValueError as error:
             raise UsageError(f"{flag}: cannot read {file} ({describe_error(error)}); repair or remove it")
-    return TrainingImages([file.relative_to(folder).as_posix() for file in files], torch.stack(pictures))
+    names = [Path(file).relative_to(files.root).as_posix() for file in files.images]
+    return TrainingImages(names, torch.stack(pictures), describe_passed_over(files))
 
 
 def self_similarity(images: Tensor) -> float | None:
@@ -92,22 +97,37 @@ def measure_prompt(
 ) -> tuple[dict[str, float | str | None], Tensor]:
     """Sample a prompt and measure how strongly an image was memorized for it.
 
+    Samples that are no pictures are counted as `broken`, and the figures are those of the others: a black picture is no
+    memorized one, and one that is not finite is no sign of the contrary.
+
     Args:
         sampling: its guidance scale must be above 1, or there is no noise norm.
         training: images among which the best match is looked for.
 
     Returns:
-        The figures by their names, None if one is not finite; and the samples `(num_samples, C, H, W)` in [0, 1].
+        The figures by their names, None if one is not finite or cannot be measured; `no_noise_norm`, the reason, if there
+        is no noise norm; and the samples `(num_samples, C, H, W)` in [0, 1].
     """
     with TextNoiseNorms(family.network(pipeline), family.path(pipeline)) as norms:
         samples = sample_prompt(family, pipeline, prompt, num_samples, sampling)
+    is_broken = broken(samples)
+    measured = samples[~is_broken]
     figures: dict[str, float | str | None] = {
-        "self_similarity": self_similarity(samples),
-        "noise_norm": mean_noise_norm(norms.per_step()).mean().item(),
-        "noise_norm_first": first_noise_norm(norms.per_step()).mean().item(),
+        "broken": int(is_broken.sum()),
+        "self_similarity": self_similarity(measured),
+        "noise_norm": None,
+        "noise_norm_first": None,
     }
+    if norms.passes:
+        per_step = norms.per_step()[:, ~is_broken]
+        figures["noise_norm"] = mean_noise_norm(per_step).mean().item()
+        figures["noise_norm_first"] = first_noise_norm(per_step).mean().item()
+    else:
+        figures["no_noise_norm"] = NOT_IN_ONE_BATCH
     if training is not None:
-        figures["best_match"], figures["best_match_file"] = training.best_match(samples)
+        figures["best_match"], figures["best_match_file"] = None, None
+        if len(measured):
+            figures["best_match"], figures["best_match_file"] = training.best_match(measured)
     for name, figure in figures.items():
         if isinstance(figure, float) and not isfinite(figure):
             figures[name] = None  # half precision overflows

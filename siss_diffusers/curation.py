@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from siss_diffusers.data.images import to_channels
+from siss_diffusers.data.viewing import to_channels
 from siss_diffusers.distributed import on_all_processes, on_main_process
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families import Family, Sampling
+from siss_diffusers.metrics.broken import broken
 from siss_diffusers.metrics.clusters import memorized_cluster, split_clusters
 from siss_diffusers.metrics.features import pixel_features
 
@@ -123,10 +124,16 @@ def sample_keep_images(
     def draw_batch(start: int) -> list[Image.Image]:
         count = min(sampling.batch_size, num_images - start)
         batch = sample_prompt(family, pipeline, prompt, count, replace(sampling, seed=sampling.seed + start))
-        return [to_pil_image(sample) for sample in batch]  # 8 bits, as in a file
+        # 8 bits, as in a file. What is no picture is nothing to keep.
+        return [to_pil_image(sample) for sample in batch[~broken(batch)]]
 
     def find_copies() -> list[bool]:
         pictures = torch.stack([to_tensor(sample) for sample in samples])
+        if len(pictures) == 0:
+            raise UsageError(
+                f"all {num_images} samples of the prompt are broken (not finite, of one colour, or black); give the"
+                " images to keep, or look at the pipeline"
+            )
         split = split_samples(pictures, [to_tensor(to_channels(image, 3)) for image in references], clustering)
         if not split.separated or split.is_copy.all():
             figure = "undefined" if split.silhouette is None else f"{split.silhouette:.2f}"

@@ -1,5 +1,6 @@
 """Work that is shared out over the processes of a launch."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -11,6 +12,30 @@ from siss_diffusers.errors import UsageError
 
 
 T = TypeVar("T")
+# Where launchers say how many processes they started: torchrun and accelerate, and those of MPI.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def check_launch(num_processes: int) -> None:
+    """Check that the processes of a launch know of each other.
+
+    Without a GPU accelerate does not join the processes of torchrun or `--multi_gpu` unless it is told to use CPUs: each
+    would do all of the work by itself, as the first one, in the same folder.
+
+    Args:
+        num_processes: those that accelerate knows of.
+
+    Raises:
+        UsageError: where the launcher started more.
+    """
+    started = {name: int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdecimal()}
+    name = max(started, key=started.__getitem__, default=None)
+    if name is not None and started[name] > num_processes:
+        raise UsageError(
+            f"the launcher started {started[name]} processes ({name}), but num_processes is {num_processes}: they do not"
+            " know of each other, and each would write into the same folder; on CPUs use `accelerate launch --cpu"
+            f" --num_processes {started[name]}` or set ACCELERATE_USE_CPU=true, else start one process"
+        )
 
 
 def on_all_processes(function: Callable, items: Sequence, progress: str | None = None) -> list:

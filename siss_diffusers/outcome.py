@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from siss_diffusers.families import Family, NamedPipeline
 from siss_diffusers.families.loading import load_for_sampling
 from siss_diffusers.settings import Settings
 from siss_diffusers.storage.files import read_json
+from siss_diffusers.storage.folders import made_folder
 from siss_diffusers.training.adapters import save_lora
 
 
@@ -58,7 +60,7 @@ class Outcome:
         Returns:
             The folder.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         if self.settings.adapter is not None:
             save_lora(self.family.network(self.pipeline), folder, type(self.pipeline), self.family.network_name)
@@ -90,20 +92,28 @@ class Outcome:
         chosen = EvaluationSettings(
             **{"guidance_scale": self.settings.guidance_scale, "seed": self.settings.seed} | settings
         )
-        split = split_data(self.given, evaluation_transform(self.family), self.settings.seed)
+        split = split_data(
+            self.given,
+            evaluation_transform(self.family),
+            self.settings.seed,
+            drop_near_duplicates=self.settings.drop_near_duplicates,
+        )
         keep, prompts = split.train.select(np.sort(split.order.drawn)), [None, None]
         if self.family.has_prompts:
             prompts = [
                 load_captions(images, self.settings.caption_column).to_pylist() for images in (keep, split.forget)
             ]
+        if folder is not None:
+            folder = Path(folder).expanduser()
         models = {"base": lambda: self._base(base), "unlearned": lambda: self._unlearned(chosen.relearning_steps > 0)}
         try:
-            evaluation = evaluate(self.family, models, keep, split.forget, *prompts, settings=chosen)
+            with made_folder("folder", folder) if folder is not None else nullcontext():
+                evaluation = evaluate(self.family, models, keep, split.forget, *prompts, settings=chosen)
         finally:
             self._set_adapter(True)
         evaluation.settings["data"] = split.counts()
         if folder is not None:
-            write_evaluation(Path(folder), evaluation)
+            write_evaluation(folder, evaluation)
         return evaluation
 
     def _set_adapter(self, enabled: bool) -> None:
@@ -122,7 +132,8 @@ class Outcome:
             raise UsageError(
                 "evaluate: name the pipeline before by `base`; the trained one does not tell where it is from"
             )
-        source = NamedPipeline(name, "base")
+        variant, revision = self.settings.variant, self.settings.revision
+        source = NamedPipeline(name, "base", revision=revision, variant=variant)
         return load_for_sampling(source, self.family, self.pipeline.device)
 
     def _unlearned(self, is_trained: bool) -> Any:

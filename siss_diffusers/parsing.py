@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from typing import NoReturn, Protocol
 
 from siss_diffusers.errors import UsageError, one_line
@@ -13,6 +14,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the sentence and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {one_line(message)}; see --help\n")
+
+
+def path(text: str) -> str:
+    """Parse a path, or a name on the Hub: `~` at its start means home, also where no shell has seen it."""
+    return os.path.expanduser(text)
 
 
 def positive_int(text: str) -> int:
@@ -110,10 +116,10 @@ class ForgetSetArguments(Protocol):
 def add_forget_set_arguments(group: argparse._ActionsContainer) -> None:
     """Add the flags that say which images to forget."""
     group.add_argument(
-        "--forget_data_dir", type=str, default=None, help="A folder of images to forget; copies of them are not kept."
+        "--forget_data_dir", type=path, default=None, help="A folder of images to forget; copies of them are not kept."
     )
     group.add_argument(
-        "--forget_files", type=str, nargs="+", default=None, help="Files within --train_data_dir to forget."
+        "--forget_files", type=path, nargs="+", default=None, help="Files within --train_data_dir to forget."
     )
     group.add_argument(
         "--forget_column",

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +15,9 @@ from siss_diffusers.quiet import quiet_imports
 # An exception out of a signal's handler is lost where some object is just being finalized, or where a library catches all
 # of them: after so many seconds the signal is sent once more.
 SEND_AGAIN_SECONDS = 1.0
+
+# Where all processes find the same fault, the first one says it, and its launcher ends the others in this time.
+SECONDS_FOR_THE_FIRST = 5.0
 
 
 def _terminate(number: int, _: object) -> NoReturn:
@@ -34,8 +38,7 @@ def run(main: Callable[[], None], program: str) -> NoReturn:
         with quiet_imports():
             main()
     except (UsageError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0":  # every process finds the same fault; one says so
-            print(f"{program}: error: {one_line(str(error))}", file=sys.stderr)
+        report(program, error)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except Interrupted as error:
         sys.exit(128 + error.signal_number)
@@ -46,6 +49,22 @@ def run(main: Callable[[], None], program: str) -> NoReturn:
         for number, handler in previous.items():
             signal.signal(number, handler)
     sys.exit(0)
+
+
+def report(program: str, error: Exception) -> None:
+    """Print what went wrong, in one line. All processes of a launch can: one whose fault is its own is heard, too.
+
+    Processes after the first wait before they speak, and are silent where the launcher ends them meanwhile: then the
+    fault was that of all of them.
+    """
+    rank, where = os.environ.get("RANK", "0"), ""
+    if rank != "0":
+        try:
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        except (Interrupted, KeyboardInterrupt):
+            return
+        where = f" (process {rank})"
+    print(f"{program}: error{where}: {one_line(str(error))}", file=sys.stderr, flush=True)
 
 
 def program_name() -> str:

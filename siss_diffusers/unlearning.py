@@ -16,7 +16,10 @@ from siss_diffusers.families import Family, NamedPipeline, PipelineSource, find_
 from siss_diffusers.gradients.engine import PairedGradients
 from siss_diffusers.outcome import Outcome
 from siss_diffusers.settings import Settings, resolve
-from siss_diffusers.training.adapters import LORA_FILE, check_target_modules
+from siss_diffusers.storage.files import LORA_FILE
+from siss_diffusers.storage.folders import made_folder
+from siss_diffusers.training.adapters import check_target_modules
+from siss_diffusers.training.near_duplicates import write_near_duplicates
 from siss_diffusers.training.network import TrainedNetwork
 from siss_diffusers.training.output_dir import check_output_dir
 from siss_diffusers.training.problem import Problem
@@ -24,7 +27,7 @@ from siss_diffusers.training.receipt import write_receipt
 from siss_diffusers.training.record import write_record
 from siss_diffusers.training.run import Run
 from siss_diffusers.training.samples import drawn_images, free_encoders, pair_batches, prepare_samples
-from siss_diffusers.training.schedule import lagged_forget_scale, timestep_ranges
+from siss_diffusers.training.schedule import check_noise_levels, lagged_forget_scale, timestep_ranges
 from siss_diffusers.training.state import restore_training_state, save_training_state
 from siss_diffusers.training.training_set import TrainingSet, log_counts, read_training_set
 from siss_diffusers.training.validation import Validation
@@ -88,21 +91,22 @@ def unlearn_from_settings(settings: Settings, *, with_prompts: bool) -> Outcome:
         UsageError: naming the flag and the cure, before any weights are read.
         RunError, Interrupted: as the run ends early.
     """
-    settings, method, rule = resolve(settings)
     data = DataSource.of(settings)
     data.check()
+    settings, method, rule = resolve(settings)
     check_output_dir(settings)
-    source = NamedPipeline(
-        settings.pretrained_model_name_or_path,
-        revision=settings.revision,
-        variant=settings.variant,
-        cache_dir=settings.cache_dir,
-        network_revision=settings.non_ema_revision,
-    )
-    family = find_family(source, with_prompts=with_prompts).from_source(source, settings.resolution)
-    settings = with_family_defaults(settings, family, source)
-    run = Run(settings, method, Path(settings.output_dir), is_program=True)
-    return fit(run, rule, family, source, data.load())
+    with made_folder("--output_dir", settings.output_dir):
+        source = NamedPipeline(
+            settings.pretrained_model_name_or_path,
+            revision=settings.revision,
+            variant=settings.variant,
+            cache_dir=settings.cache_dir,
+            network_revision=settings.non_ema_revision,
+        )
+        family = find_family(source, with_prompts=with_prompts).from_source(source, settings.resolution)
+        settings = with_family_defaults(settings, family, source)
+        run = Run(settings, method, Path(settings.output_dir), is_program=True)
+        return fit(run, rule, family, source, data.load())
 
 
 def with_family_defaults(settings: Settings, family: Family, source: PipelineSource) -> Settings:
@@ -127,11 +131,15 @@ def fit(run: Run, rule: Rule, family: Family, source: PipelineSource, given: Giv
     run.set_data(training_set.parts(), counts["keep"])
     log_counts(training_set)
 
+    if run.settings.adapter is None and run.saves_model:
+        source.check_rest(family)
     pipeline = source.load_without_network(family)
     problem = prepare_problem(run, family, source, pipeline, training_set)
     network = problem.network
     model_files = [name for name, value in source.pipeline_config.items() if isinstance(value, list)]
     run.start([*model_files, "model_index.json", LORA_FILE])
+    if run.accelerator.is_main_process:
+        write_near_duplicates(run.output_dir, training_set.split)
     if run.saved is not None:
         network.load_weights(run.checkpoint)
         restore_training_state(run.saved, run.accelerator, network.optimizer, network.lr_scheduler, network.ema)
@@ -152,6 +160,7 @@ def fit(run: Run, rule: Rule, family: Family, source: PipelineSource, given: Giv
         if folder is not None:
             write_run_record(folder, run, problem, counts)
             write_receipt(folder / "receipt.json", training_set.split.forget_digests)
+            write_near_duplicates(folder, training_set.split)
 
     log_start(run, network)
     train(run, problem, gradients, validation, write_checkpoint, write_result)
@@ -170,6 +179,7 @@ def prepare_problem(
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **settings.scheduler_overrides)
         pipeline.register_modules(scheduler=scheduler)
     path = family.path(pipeline)
+    check_noise_levels(settings, pipeline.scheduler, path)
     timestep_range, forget_ranges = timestep_ranges(settings, len(path))
     for name in family.frozen_components:
         getattr(pipeline, name).requires_grad_(False).to(accelerator.device)
@@ -180,7 +190,8 @@ def prepare_problem(
         num_processes=accelerator.num_processes,
         first_window=run.progress.window,
     )
-    planned_windows = settings.max_train_steps + settings.max_skipped_steps if family.has_prompts else None
+    plans_ahead = family.has_prompts or family.has_latents
+    planned_windows = settings.max_train_steps + settings.max_skipped_steps if plans_ahead else None
     drawn = planned_windows and drawn_images(settings, method, training_set, sampler, planned_windows)
     samples = prepare_samples(
         settings, family, pipeline, method, training_set, drawn, accelerator.device, accelerator.is_local_main_process

@@ -189,6 +189,9 @@ def test_images_to_keep_are_sampled_where_none_are_given(tmp_path):
         ({"use_lora": True}, "there is no setting 'use_lora' for this model"),
         ({"max_train_steps": 0}, "max_train_steps must be a whole number of at least 1, not 0"),
         ({"method": "forget_it"}, "method must be one of naive_deletion"),
+        ({"dataset_name": "a"}, "dataset_name is a flag of the scripts; in Python give the data as `keep`"),
+        ({"push_to_hub": True}, "push_to_hub needs output_dir"),
+        ({"method_args": {"lamb": 1}}, "has no argument 'lamb=1'"),
         ({"use_ema": "yes"}, "use_ema must be True or False"),
         ({"method": "neggrad", "forget_scale": 1.0}, "--forget_scaling and --forget_scale do not apply"),
         ({"resolution": 9}, "--resolution 9 cannot be used"),
@@ -202,6 +205,20 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(arguments, expected, digit
         unlearn(pipeline, **digits | arguments)
     assert "\n" not in str(refusal.value)
     assert all(value.equal(before[name]) for name, value in pipeline.unet.state_dict().items())
+
+
+def test_files_and_arguments_of_the_method_by_name(digits):
+    options = {name: value for name, value in digits.items() if name != "forget"}
+    outcome = unlearn(ddpm(), **options, forget_files=["garment_0.png"], method_args={"lam": 0.25})
+    assert outcome.record["data"]["forget"] == 1 and outcome.record["method_args"] == {"lam": 0.25}
+
+
+def test_an_adapter_that_is_loaded_already_is_not_trained_over(captioned, stable_diffusion):
+    outcome = unlearn(stable_diffusion, **captioned, use_lora=True)
+    with pytest.raises(UsageError, match="an adapter is loaded in it; take it off"):
+        unlearn(outcome.pipeline, **captioned, use_lora=True)
+    outcome.pipeline.unload_lora_weights()
+    unlearn(outcome.pipeline, **captioned, use_lora=True)
 
 
 def test_a_pipeline_of_no_family_is_refused(stable_diffusion):

@@ -3,7 +3,7 @@ import logging
 import pytest
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from siss_diffusers.process import run
@@ -30,6 +30,7 @@ def test_a_program_drops_the_warning_about_the_kernel_and_nothing_else(caplog):
 
 def test_loading_is_quiet_inside_and_as_before_outside():
     libraries = (diffusers_logging, transformers_logging)
+    enable_progress_bars()  # a script that another test called has disabled them
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     with quiet_loading():
         for library in libraries:

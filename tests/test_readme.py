@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from siss_diffusers.assets.captioned import captioned_images
+from siss_diffusers.methods import METHODS
 from tests.helpers.paths import ROOT, TINY_SD
 
 
@@ -53,6 +54,13 @@ def test_the_snippet_runs_as_it_stands(working_directory):
     assert Image.open("after.png").size == (32, 32)
     files = {file.name for file in Path("sd-v1-4-adapter").iterdir()}
     assert files == {"pytorch_lora_weights.safetensors", "unlearning.json", "train_log.jsonl", "receipt.json"}
+
+
+def test_every_method_has_a_row_with_its_arguments():
+    section = (ROOT / "README.md").read_text().split("## Methods\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| [`")]
+    written = {re.findall(r"`(\w+)`", row[0])[0]: re.findall(r"`(\w+)`", row[-1]) for row in rows}
+    assert written == {name: list(method.hyperparameters()) for name, method in METHODS.items()}
 
 
 def test_the_readme_is_short():

@@ -19,9 +19,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 from run import chosen_setting, forgotten
-from settings import LONGER, RECOMMENDED, SWEEP, THOROUGH, describe
+from settings import COMPARED, LONGER, RECOMMENDED, SWEEP, THOROUGH, describe
 
-from siss_diffusers import METHODS
 from siss_diffusers.metrics.copies import wilson_interval
 
 
@@ -203,7 +202,7 @@ def summary_table(lines: dict[str, Line]) -> str:
     found = groups(lines, "twice")
     for variant, settings in LONGER["twice"][1].items():
         setting = next(describe(flags) for flags in settings if "--use_ema" in flags)
-        if variant in METHODS and (variant, setting) in found:
+        if variant in COMPARED and (variant, setting) in found:
             name = f"**`{variant}`**" if variant == "siss" else f"`{variant}`"
             rows.append((name, setting, found[variant, setting]))
     return table(

@@ -6,6 +6,9 @@ one budget, of rows that the network runs on, so a method that noises both image
 
 Setting = dict[str, str]
 
+# The methods that are compared: those for which there are results. A new method may be added, and need not.
+COMPARED = ("naive_deletion", "neggrad", "siss", "siss_no_is", "subscore_bernoulli", "erasediff", "retrack")
+
 ALL, MOST, HIGH = "0 1000", "200 1000", "300 1000"
 SWEEP_SIZE = 13
 # Ranges of the forget side alone: at high noise; and at low noise, too.

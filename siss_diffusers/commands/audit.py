@@ -6,15 +6,22 @@ among them. A prompt is flagged if it exceeds every one of the ordinary prompts.
 """
 
 import argparse
-import csv
 import os
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from siss_diffusers.commands.audit_table import (
+    MEASURES,
+    compare_with_ordinary,
+    draw_chart,
+    print_table,
+    rank_rows,
+    write_table,
+)
 from siss_diffusers.commands.common import (
     MODEL_FLAG,
+    add_model_arguments,
     add_sampling_arguments,
     announce,
     count_of,
@@ -26,8 +33,9 @@ from siss_diffusers.commands.common import (
     warn_of_long_prompts,
 )
 from siss_diffusers.errors import UsageError
-from siss_diffusers.parsing import positive_int
+from siss_diffusers.parsing import path, positive_int
 from siss_diffusers.storage.files import write_json
+from siss_diffusers.storage.folders import made_folder
 
 
 if TYPE_CHECKING:
@@ -35,30 +43,34 @@ if TYPE_CHECKING:
 
 # The settings that the figures depend on.
 SETTINGS = ("seed", "num_inference_steps", "guidance_scale", "resolution", "num_samples", "dtype")
-MEASURES = ("self_similarity", "noise_norm", "noise_norm_first", "best_match")
-SHOWN_IN_CHART, SHOWN_IN_TABLE = 40, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `siss audit`."""
     parser.add_argument(
         MODEL_FLAG,
+        type=path,
         required=True,
         help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or on the Hub.",
     )
-    parser.add_argument("--adapter", help="A LoRA adapter to load into it: a folder, or on the Hub.")
+    parser.add_argument("--adapter", type=path, help="A LoRA adapter to load into it: a folder, or on the Hub.")
     parser.add_argument("--prompts", nargs="+", help="The prompts to audit.")
-    parser.add_argument("--prompts_file", help="A text file with a prompt on each line.")
-    parser.add_argument("--dataset_name", help="A data set whose captions are audited: a folder, or on the Hub.")
+    parser.add_argument("--prompts_file", type=path, help="A text file with a prompt on each line.")
+    parser.add_argument(
+        "--dataset_name", type=path, help="A data set whose captions are audited: a folder, or on the Hub."
+    )
     parser.add_argument("--caption_column", default="text", help="Its column of captions; default: text.")
     parser.add_argument("--max_prompts", type=positive_int, help="Audit at most so many, from the first.")
     parser.add_argument("--ordinary_prompts", nargs="+", help="Prompts that are certainly not memorized.")
     parser.add_argument(
         "--ordinary_prompts_file",
+        type=path,
         help="A text file of such prompts. A prompt is flagged if it exceeds all of them in a measure. Of ordinary"
         " prompts, each measure flags 1 in (their number + 1).",
     )
-    parser.add_argument("--train_data_dir", help="A folder of training images, among which the best match is found.")
+    parser.add_argument(
+        "--train_data_dir", type=path, help="A folder of training images, among which the best match is found."
+    )
     parser.add_argument("--num_samples", type=positive_int, default=8, help="Samples of each prompt; default: 8.")
     parser.add_argument(
         "--rank_by",
@@ -67,8 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="What the table is sorted by; default: self_similarity.",
     )
     parser.add_argument("--show_prompts", action="store_true", help="Print the prompts, not only their numbers.")
-    parser.add_argument("--output_dir", default="audit", help="Where the tables and pictures go; default: audit.")
-    parser.add_argument("--cache_dir", help="Where data sets are kept.")
+    parser.add_argument(
+        "--output_dir", type=path, default="audit", help="Where the tables and pictures go; default: audit."
+    )
+    parser.add_argument("--cache_dir", type=path, help="Where data sets are kept.")
+    add_model_arguments(parser)
     add_sampling_arguments(parser, batch_size=16)
 
 
@@ -89,22 +104,24 @@ def gather_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def read_captions(dataset_name: str, caption_column: str, cache_dir: str | None) -> list[str]:
-    """Return the captions of a data set.
+    """Return the captions of a data set, of several for an image each.
 
     Raises:
         UsageError: if it cannot be loaded, or has no such column of texts.
     """
-    import datasets
-
+    from siss_diffusers.data.captions import every_text_of
     from siss_diffusers.data.sources import load_rows
 
-    rows = load_rows("--dataset_name", dataset_name, cache_dir=cache_dir)
-    if not isinstance(rows.features.get(caption_column), datasets.Value):
+    loaded = load_rows("--dataset_name", dataset_name, cache_dir=cache_dir)
+    if loaded.passed_over:
+        announce(f"--dataset_name: passed over {loaded.passed_over}")
+    captions = every_text_of(loaded.rows, caption_column) if caption_column in loaded.rows.features else []
+    if not captions:
         raise UsageError(
             f"--caption_column: {dataset_name} has no column of texts {caption_column!r}, only"
-            f" {', '.join(rows.features)}"
+            f" {', '.join(loaded.rows.features)}"
         )
-    return [caption for caption in rows[caption_column] if isinstance(caption, str)]
+    return captions
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -141,61 +158,6 @@ def check_output_dir(output_dir: Path, settings: dict) -> None:
         raise UsageError(f"--output_dir: {output_dir} is there and holds no audit; name another folder")
 
 
-def compare_with_ordinary(rows: list[dict], ordinary: list[dict]) -> None:
-    """Add to each row its p-values and whether it is flagged.
-
-    The p-value of a measure is that of a permutation test: the share of the ordinary prompts, and this prompt itself,
-    that reach its value. A prompt is flagged if it exceeds all ordinary prompts in some measure.
-    """
-    for row in rows:
-        row["p_values"] = {}
-        for name in MEASURES:
-            if row.get(name) is not None:
-                reaching = sum(other[name] is not None and other[name] >= row[name] for other in ordinary)
-                row["p_values"][name] = (1 + reaching) / (1 + len(ordinary))
-        row["flagged"] = bool(ordinary) and min(row["p_values"].values(), default=1) == 1 / (1 + len(ordinary))
-
-
-def rank_rows(rows: list[dict], rank_by: str) -> list[dict]:
-    """Sort rows by a measure, the highest first, and number them. Rows without it come last."""
-    rows = sorted(rows, key=lambda row: -(row[rank_by] if row[rank_by] is not None else -inf))
-    for rank, row in enumerate(rows, start=1):
-        row["rank"] = rank
-    return rows
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Write the rows as CSV."""
-    columns = ["rank", "number", "flagged", *MEASURES, "best_match_file", "prompt"]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def draw_chart(path: Path, rows: list[dict], ordinary: list[dict], measure: str) -> None:
-    """Draw the first rows of the table as bars, and a line at the highest ordinary prompt."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = rows[:SHOWN_IN_CHART]
-    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.22 * len(shown)), layout="constrained")
-    colors = ["tab:red" if row["flagged"] else "tab:blue" for row in shown]
-    axis.barh(range(len(shown)), [row[measure] or 0 for row in shown], color=colors)
-    axis.set_yticks(range(len(shown)), [f"prompt {row['number']}" for row in shown], fontsize=8)
-    axis.invert_yaxis()
-    if ordinary:
-        highest = max((row[measure] for row in ordinary if row[measure] is not None), default=None)
-        if highest is not None:
-            axis.axvline(highest, color="grey", linestyle=":", label="highest ordinary prompt")
-            axis.legend(frameon=False)
-    axis.set_xlabel(measure)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def save_grid(path: Path, images: "Tensor") -> None:
     """Save samples `(N, C, H, W)` in [0, 1] as one picture."""
     from torchvision.utils import save_image
@@ -214,9 +176,11 @@ def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"model": args.pretrained_model_name_or_path, "adapter": args.adapter, "images": args.train_data_dir}
+    settings |= {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name) is not None}
     check_output_dir(output_dir, settings)
     # A prompt in both lists is measured once. It reaches its own value, so it is never flagged.
-    rows = measure_prompts(list(dict.fromkeys([*prompts, *ordinary_prompts])), args, output_dir, settings)
+    with made_folder("--output_dir", output_dir):
+        rows = measure_prompts(list(dict.fromkeys([*prompts, *ordinary_prompts])), args, output_dir, settings)
     if rows is None:
         return
     ordinary = [row for row in rows if row["prompt"] in set(ordinary_prompts)]
@@ -227,6 +191,8 @@ def main(args: argparse.Namespace) -> None:
     write_json(output_dir / "audit.json", {"prompts": rows, "ordinary": ordinary, "rank_by": args.rank_by})
     draw_chart(output_dir / "audit.png", rows, ordinary, args.rank_by)
     print_table(rows, ordinary, args.show_prompts)
+    for reason in sorted({row["no_noise_norm"] for row in rows if "no_noise_norm" in row}):
+        print(f"There is no noise norm: {reason}.")
     print(f"The prompts are in {output_dir / 'audit.csv'}, their samples beside it.")
 
 
@@ -247,11 +213,13 @@ def measure_prompts(
     from siss_diffusers.auditing import load_training_images, measure_prompt
     from siss_diffusers.distributed import on_all_processes
 
-    source, family = open_text_to_image_model(args.pretrained_model_name_or_path, args.resolution, args.cache_dir)
+    source, family = open_text_to_image_model(args)
     training = None
     if args.train_data_dir is not None:
         training = load_training_images(args.train_data_dir, family.resolution)
         announce(f"Comparing with {count_of(len(training.names), 'training image')} in {args.train_data_dir}")
+        if training.passed_over:
+            announce(f"--train_data_dir: passed over {training.passed_over}")
     state, sampling = PartialState(), sampling_settings(args)
     pipeline = load_pipeline(source, family, args.dtype, args.adapter)
     warn_of_long_prompts(family, pipeline, prompts)
@@ -279,28 +247,3 @@ def measure_prompts(
     announce(f"Sampling {count_of(len(prompts), 'prompt')}, {count_of(args.num_samples, 'sample')} each")
     rows = on_all_processes(measure, numbered, "Prompts")
     return rows if state.is_main_process else None
-
-
-def print_table(rows: list[dict], ordinary: list[dict], show_prompts: bool) -> None:
-    """Print the first rows. Prompts are shown only on request: they may be what has to be forgotten."""
-    measures = [name for name in MEASURES if any(row.get(name) is not None for row in rows)]
-    print(f"\n{'rank':>4} {'prompt':>8} {'':7}" + "".join(f"{name:>18}" for name in measures))
-
-    def format_figures(row: dict) -> str:
-        return "".join(f"{'-' if row[name] is None else format(row[name], '.3f'):>18}" for name in measures)
-
-    for row in rows[:SHOWN_IN_TABLE]:
-        mark = "flagged" if row["flagged"] else ""
-        text = f"  {row['prompt']}" if show_prompts else ""
-        print(f"{row['rank']:4} {row['number']:>8} {mark:7}{format_figures(row)}{text}")
-    if len(rows) > SHOWN_IN_TABLE:
-        print(f"... and {len(rows) - SHOWN_IN_TABLE} more")
-    if not ordinary:
-        print("\nNo prompt is flagged: --ordinary_prompts_file says what is ordinary.")
-        return
-    highest = {name: max((row[name] for row in ordinary if row[name] is not None), default=None) for name in measures}
-    print(f"{'':4} {'highest of ' + str(len(ordinary)) + ' ordinary':16}{format_figures(highest)}")
-    print(
-        f"\n{sum(row['flagged'] for row in rows)} of {len(rows)} prompts exceed all {len(ordinary)} ordinary"
-        f" prompts in a measure. Of ordinary prompts, 1 in {len(ordinary) + 1} would, in each measure."
-    )

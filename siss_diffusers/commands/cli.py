@@ -90,11 +90,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def start_processes() -> None:
-    """Make accelerate's state of all processes. By itself it does not read whether the launcher wants CPUs."""
+    """Make accelerate's state of all processes. By itself it does not read whether the launcher wants CPUs.
+
+    Raises:
+        UsageError: where the processes of the launch do not know of each other.
+    """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    from siss_diffusers.distributed import check_launch
+
+    check_launch(PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes)
 
 
 def cli() -> None:

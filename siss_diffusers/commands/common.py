@@ -19,6 +19,12 @@ logger = logging.getLogger(__name__)
 MODEL_FLAG = "--pretrained_model_name_or_path"
 
 
+def add_model_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that say which files of a model are read, under the names that the training scripts use."""
+    parser.add_argument("--revision", help="Revision of the model on the Hub.")
+    parser.add_argument("--variant", help="Variant of the model's files, such as fp16.")
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """Add the flags that say how samples are drawn, under the names that the training script uses.
 
@@ -49,14 +55,11 @@ def sampling_settings(args: argparse.Namespace) -> "Sampling":
     return Sampling(args.num_inference_steps, args.guidance_scale, args.batch_size, args.seed)
 
 
-def open_text_to_image_model(
-    name: str, resolution: int | None, cache_dir: str | None
-) -> tuple["NamedPipeline", "Family"]:
+def open_text_to_image_model(args: argparse.Namespace) -> tuple["NamedPipeline", "Family"]:
     """Read the configurations of a pipeline that takes prompts, and no weights.
 
     Args:
-        name: folder of the pipeline, or its name on the Hub.
-        resolution: side of the samples in pixels; None is the model's own.
+        args: with the flags of the model and of its samples.
 
     Returns:
         The pipeline, which is not loaded yet, and its family.
@@ -66,8 +69,9 @@ def open_text_to_image_model(
     """
     from siss_diffusers.families import NamedPipeline, find_family
 
-    source = NamedPipeline(name, MODEL_FLAG, cache_dir=cache_dir)
-    return source, find_family(source, with_prompts=True).from_source(source, resolution)
+    where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    source = NamedPipeline(args.pretrained_model_name_or_path, MODEL_FLAG, **where)
+    return source, find_family(source, with_prompts=True).from_source(source, args.resolution)
 
 
 def load_pipeline(source: "NamedPipeline", family: "Family", dtype: str, adapter: str | None = None) -> Any:
@@ -138,10 +142,12 @@ def read_prompts(flag: str, prompts: Sequence[str] | None, file: str | None) -> 
     Raises:
         UsageError: if the file cannot be read.
     """
+    from siss_diffusers.data.text import read_prompt_lines
+
     lines = []
     if file is not None:
         try:
-            lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{flag}_file: cannot read {file} ({error})")
-    return list(dict.fromkeys([*(prompts or []), *filter(None, lines)]))
+            lines = read_prompt_lines(file)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{flag}_file: cannot read {file} ({describe_error(error)})")
+    return list(dict.fromkeys([*(prompts or []), *lines]))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from siss_diffusers.commands.common import (
     MODEL_FLAG,
+    add_model_arguments,
     add_sampling_arguments,
     announce,
     count_of,
@@ -34,8 +35,9 @@ from siss_diffusers.commands.curated_folder import (
     write_metadata,
 )
 from siss_diffusers.errors import UsageError
-from siss_diffusers.parsing import positive_int, unit_float
+from siss_diffusers.parsing import path, positive_int, unit_float
 from siss_diffusers.storage.files import write_json
+from siss_diffusers.storage.folders import made_folder
 
 
 if TYPE_CHECKING:
@@ -47,22 +49,26 @@ SETTINGS = ("num_images", "seed", "num_inference_steps", "guidance_scale", "reso
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `siss curate`."""
-    parser.add_argument("--output_dir", required=True, help="Where the image folder and the contact sheets go.")
     parser.add_argument(
-        MODEL_FLAG, help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or on the Hub."
+        "--output_dir", type=path, required=True, help="Where the image folder and the contact sheets go."
+    )
+    parser.add_argument(
+        MODEL_FLAG, type=path, help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or on the Hub."
     )
     parser.add_argument("--prompts", nargs="+", help="The memorized prompts.")
-    parser.add_argument("--prompts_file", help="A text file with a prompt on each line.")
-    parser.add_argument("--audit", help="The folder of a `siss audit`: its flagged prompts are curated.")
+    parser.add_argument("--prompts_file", type=path, help="A text file with a prompt on each line.")
+    parser.add_argument("--audit", type=path, help="The folder of a `siss audit`: its flagged prompts are curated.")
     parser.add_argument("--num_images", type=positive_int, default=128, help="Samples of each prompt; default: 128.")
     parser.add_argument("--num_clusters", type=positive_int, default=2, help="Clusters of k-means; default: 2.")
     parser.add_argument(
         "--reference",
+        type=path,
         help="A picture of what was memorized, for a single prompt: the cluster nearest to it is marked. Without it, the"
         " tightest cluster is.",
     )
     parser.add_argument(
         "--feature_extractor",
+        type=path,
         help="A TorchScript file of a feature extractor, such as SSCD; default: pixels, as in the SISS paper.",
     )
     parser.add_argument(
@@ -74,12 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.25,
         help="Refuse a prompt whose clusters have a mean silhouette below this; default: 0.25.",
     )
-    parser.add_argument("--cache_dir", help="Where downloaded models are kept.")
+    parser.add_argument("--cache_dir", type=path, help="Where downloaded models are kept.")
     by_hand = parser.add_argument_group("correcting a folder by hand")
     by_hand.add_argument("--flip", nargs="+", metavar="FILE", help="Exchange keep and forget for these files.")
     by_hand.add_argument(
         "--move", nargs="+", metavar="SIDE_AND_FILES", help="`forget` or `keep`, and the files to move there."
     )
+    add_model_arguments(parser)
     add_sampling_arguments(parser, batch_size=16)
 
 
@@ -152,16 +159,20 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UsageError: for bad input, or if no prompt could be curated.
     """
+
     output_dir = Path(args.output_dir)
     if args.flip is not None or args.move is not None:
         return move_by_hand(output_dir, args.flip or [], args.move or [])
     prompts = check_arguments(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"model": args.pretrained_model_name_or_path, "prompts": prompts}
+    settings |= {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name) is not None}
     check_output_dir(output_dir, settings)
     references = [] if args.reference is None else [load_picture(Path(args.reference), "--reference")]
     features = load_features(args.feature_extractor, args.feature_size, args.batch_size)
-    if sample_prompts(prompts, args, output_dir, settings):
+    with made_folder("--output_dir", output_dir):
+        is_main = sample_prompts(prompts, args, output_dir, settings)
+    if is_main:
         split_prompts(prompts, references, features, args, output_dir, settings)
 
 
@@ -179,21 +190,19 @@ def load_features(feature_extractor: str | None, size: int, batch_size: int) -> 
     return partial(extract, load_torchscript(feature_extractor, flag), size=size, batch_size=batch_size, flag=flag)
 
 
-def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir: Path, settings: dict) -> bool:
+def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir: Path, settings: dict) -> None:
     """Sample the prompts on all processes, into `samples/`. Batches that an interrupted run has made are not made again.
-
-    Returns:
-        Whether this is the main process, which does the rest.
 
     Raises:
         UsageError: for a model that cannot be used.
     """
+    import torch
     from accelerate import PartialState
 
     from siss_diffusers.curation import sample_prompt
     from siss_diffusers.distributed import on_all_processes
 
-    source, family = open_text_to_image_model(args.pretrained_model_name_or_path, args.resolution, args.cache_dir)
+    source, family = open_text_to_image_model(args)
     state, sampling = PartialState(), sampling_settings(args)
     pipeline = load_pipeline(source, family, args.dtype)
     warn_of_long_prompts(family, pipeline, prompts)
@@ -211,12 +220,12 @@ def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir:
             return
         seeded = replace(sampling, seed=sampling.seed + start)
         for image, file in zip(sample_prompt(family, pipeline, prompts[prompt_index], len(files), seeded), files):
-            save_picture(image, file)
+            # What is no number becomes black, and is left out as broken.
+            save_picture(image if image.isfinite().all() else torch.zeros_like(image), file)
 
     starts = range(0, args.num_images, args.batch_size)
     announce(f"Sampling {count_of(len(prompts), 'prompt')}, {count_of(args.num_images, 'sample')} each")
     on_all_processes(draw_batch, [(index, start) for index in range(len(prompts)) for start in starts], "Batches")
-    return state.is_main_process
 
 
 def split_prompts(
@@ -235,6 +244,7 @@ def split_prompts(
     import torch
 
     from siss_diffusers.curation import Clustering, split_samples
+    from siss_diffusers.metrics.broken import broken
 
     announce(f"Splitting the samples into {args.num_clusters} clusters")
     clustering = Clustering(args.num_clusters, args.min_silhouette, features, args.seed)
@@ -243,8 +253,15 @@ def split_prompts(
         names = [image_name(prompt_index, index) for index in range(args.num_images)]
         # As they were saved, so that an interrupted run arrives at the same clusters.
         pictures = torch.stack([load_picture(output_dir / "samples" / name, "--output_dir") for name in names])
-        split = split_samples(pictures, references, clustering)
-        report = {"prompt": prompt, "silhouette": split.silhouette, "separated": split.separated}
+        is_broken = broken(pictures)
+        names = [name for name, left_out in zip(names, is_broken.tolist()) if not left_out]
+        split = split_samples(pictures[~is_broken], references, clustering)
+        report = {
+            "prompt": prompt,
+            "broken": int(is_broken.sum()),
+            "silhouette": split.silhouette,
+            "separated": split.separated,
+        }
         report |= {"forget": 0, "keep": 0}
         if split.separated:
             forget = split.is_copy.tolist()
@@ -267,6 +284,8 @@ def print_reports(reports: list[dict], min_silhouette: float, output_dir: Path) 
         UsageError: if no prompt could be curated.
     """
     for index, report in enumerate(reports):
+        if report["broken"]:
+            print(f"prompt {index}: {report['broken']} samples are not finite, of one colour, or black; left out")
         silhouette = "undefined" if report["silhouette"] is None else f"{report['silhouette']:.2f}"
         if report["separated"]:
             print(f"prompt {index}: {report['forget']} to forget, {report['keep']} to keep, silhouette {silhouette}")

@@ -29,7 +29,7 @@ def open_picture(file: Path, flag: str) -> "Image.Image":
     Raises:
         UsageError: if it cannot be read.
     """
-    from siss_diffusers.data.images import read_image, to_channels
+    from siss_diffusers.data.viewing import read_image, to_channels
 
     try:
         return to_channels(read_image(file), 3)
@@ -66,8 +66,10 @@ def read_metadata(folder: Path) -> list[dict]:
     file = folder / "metadata.jsonl"
     if not file.exists():
         raise UsageError(f"--output_dir: no metadata.jsonl in {folder}; run `siss curate` with --prompts first")
+    from siss_diffusers.data.text import read_text, split_lines
+
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        rows = [json.loads(line) for line in split_lines(read_text(file)) if line.strip()]
         for row in rows:
             name, forget = row["file_name"], row["forget"]
             # The name becomes part of other files' names.

@@ -11,17 +11,18 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from siss_diffusers.commands.common import add_sampling_arguments, read_prompts
+from siss_diffusers.commands.common import add_model_arguments, add_sampling_arguments, read_prompts
+from siss_diffusers.commands.metric_flags import add_metric_arguments
 from siss_diffusers.errors import UsageError
 from siss_diffusers.evaluation.settings import EvaluationSettings
 from siss_diffusers.parsing import (
     add_forget_set_arguments,
     check_forget_set_arguments,
     natural_number,
-    non_negative_float,
-    positive_float,
+    path,
     positive_int,
 )
+from siss_diffusers.storage.folders import made_folder
 
 
 if TYPE_CHECKING:
@@ -34,8 +35,12 @@ OF_PROMPTS = (*("resolution", "dtype", "guidance_scale", "num_ordinary_samples",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("--base", required=True, help="The model before: a pipeline, as a folder or on the Hub.")
-    parser.add_argument("--unlearned", required=True, help="The model after: a pipeline, or an adapter for the base.")
+    parser.add_argument(
+        "--base", type=path, required=True, help="The model before: a pipeline, as a folder or on the Hub."
+    )
+    parser.add_argument(
+        "--unlearned", type=path, required=True, help="The model after: a pipeline, or an adapter for the base."
+    )
     parser.add_argument(
         "--also",
         nargs="+",
@@ -43,16 +48,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=MODEL",
         help="More models or adapters to put beside them, such as one that never saw the images.",
     )
-    parser.add_argument("--output_dir", default="evaluation", help="Where the report goes; default: evaluation.")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--output_dir", type=path, default="evaluation", help="Where the report goes; default: evaluation."
+    )
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the report in --output_dir.")
     data = parser.add_argument_group("data")
-    data.add_argument("--train_data_dir", help="The training set: a folder of images.")
-    data.add_argument("--dataset_name", help="The training set: a name on the Hub, or a local folder.")
+    data.add_argument("--train_data_dir", type=path, help="The training set: a folder of images.")
+    data.add_argument("--dataset_name", type=path, help="The training set: a name on the Hub, or a local folder.")
     data.add_argument("--dataset_config_name", help="The configuration of the data set.")
     data.add_argument("--image_column", default="image", help="The column of the images; default: image.")
     data.add_argument("--caption_column", default="text", help="The column of the prompts; default: text.")
-    data.add_argument("--cache_dir", help="Where downloaded models and data sets are kept.")
+    data.add_argument("--cache_dir", type=path, help="Where downloaded models and data sets are kept.")
     add_forget_set_arguments(data)
+    data.add_argument(
+        "--drop_near_duplicates",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Leave near copies of forget images out of the keep set, as in training.",
+    )
     samples = parser.add_argument_group("samples")
     samples.add_argument(
         "--num_samples",
@@ -70,74 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_metric_arguments(parser.add_argument_group("metrics"))
 
 
-def add_metric_arguments(metrics: argparse._ArgumentGroup) -> None:
-    """Add the flags of single metrics."""
-    metrics.add_argument("--copy_detector", help="A TorchScript file of a copy detector, such as SSCD's.")
-    metrics.add_argument(
-        "--copy_detector_size",
-        type=positive_int,
-        default=EvaluationSettings.copy_detector_size,
-        help="Pictures are resized for it; default: 288.",
-    )
-    metrics.add_argument(
-        "--feature_extractor", help="A TorchScript file of a feature extractor, for FID, KID, precision, coverage."
-    )
-    metrics.add_argument(
-        "--feature_size",
-        type=positive_int,
-        default=EvaluationSettings.feature_size,
-        help="Pictures are resized for it; default: 299.",
-    )
-    metrics.add_argument(
-        "--classifier", help="A TorchScript file that maps pictures to class logits, for the inception score."
-    )
-    metrics.add_argument("--classifier_size", type=positive_int, help="Pictures are resized for it.")
-    metrics.add_argument(
-        "--clip_model",
-        help="A CLIP of transformers, such as openai/clip-vit-base-patch16, for CLIP score and CLIP-IQA.",
-    )
-    metrics.add_argument(
-        "--num_likelihood_images",
-        type=natural_number,
-        default=EvaluationSettings.num_likelihood_images,
-        help="Unconditional models: keep images whose likelihood is computed; default: 32.",
-    )
-    metrics.add_argument(
-        "--paraphrases_file", help="Text-to-image models: a text file of other wordings of the memorized prompts."
-    )
-    metrics.add_argument(
-        "--prompt_noise",
-        type=positive_float,
-        nargs="*",
-        default=[],
-        help="Text-to-image models: sample with noise on the prompt's embedding, so many times its standard deviation.",
-    )
-    add_relearning_arguments(metrics)
-
-
-def add_relearning_arguments(metrics: argparse._ArgumentGroup) -> None:
-    """Add the flags of the relearning attack."""
-    metrics.add_argument(
-        "--relearning_steps",
-        type=natural_number,
-        default=EvaluationSettings.relearning_steps,
-        help="Fine-tune each model but the base on neighbours of the forget images for so many steps and watch whether"
-        " copies return; default: 0, not at all.",
-    )
-    metrics.add_argument(
-        "--relearning_rate",
-        type=non_negative_float,
-        default=EvaluationSettings.relearning_rate,
-        help="Learning rate of that; default: 1e-4.",
-    )
-    metrics.add_argument(
-        "--num_relearning_samples",
-        type=positive_int,
-        default=EvaluationSettings.num_relearning_samples,
-        help="Samples at each of its points, and of each variation of the prompt; default: 64.",
-    )
-
-
 def main(args: argparse.Namespace) -> None:
     """Run the command.
 
@@ -149,10 +95,11 @@ def main(args: argparse.Namespace) -> None:
     from siss_diffusers.evaluation import evaluate, format_summary, write_evaluation
 
     models = check_arguments(args)
-    family, loaders = find_models(args, models)
-    settings = make_settings(args)
-    keep, forget, counts = split(args, family)
-    evaluation = evaluate(family, loaders, keep, forget, *read_captions(args, family, keep, forget), settings)
+    with made_folder("--output_dir", args.output_dir):
+        family, loaders = find_models(args, models)
+        settings = make_settings(args)
+        keep, forget, counts = split(args, family)
+        evaluation = evaluate(family, loaders, keep, forget, *read_captions(args, family, keep, forget), settings)
     if not PartialState().is_main_process:
         return
     evaluation.settings["data"] = counts
@@ -180,7 +127,7 @@ def check_arguments(args: argparse.Namespace) -> dict[str, str]:
         # The name becomes part of a file's name.
         if not re.fullmatch(r"[\w.-]+", name) or not where or name in (*models, "settings"):
             raise UsageError(f"--also takes NAME=MODEL, every NAME once, of letters, digits, ., _ and -, not {entry}")
-        models[name] = where
+        models[name] = path(where)
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir: {output_dir} is a file; name a folder")
@@ -210,7 +157,8 @@ def find_models(args: argparse.Namespace, models: dict[str, str]) -> tuple["Fami
     from siss_diffusers.families.loading import load_for_sampling
     from siss_diffusers.families.trust import is_adapter
 
-    base = NamedPipeline(args.base, "--base", cache_dir=args.cache_dir)
+    where_base = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    base = NamedPipeline(args.base, "--base", **where_base)
     family_class = find_family(base)
     if not family_class.has_prompts:
         refuse_flags_of_prompts(args, family_class.title)
@@ -223,7 +171,7 @@ def find_models(args: argparse.Namespace, models: dict[str, str]) -> tuple["Fami
             if family.lora_targets and is_adapter(where, flag):
                 adapter = {"adapter": where, "adapter_flag": flag}
             else:
-                source = NamedPipeline(where, flag, cache_dir=args.cache_dir)
+                source = NamedPipeline(where, flag, variant=variant_of(where, args), cache_dir=args.cache_dir)
                 if find_family(source) is not family_class:
                     raise UsageError(f"{flag}: {where} is not {family.title}, as the base is")
                 if family_class.from_source(source, args.resolution) != family:
@@ -231,6 +179,15 @@ def find_models(args: argparse.Namespace, models: dict[str, str]) -> tuple["Fami
         dtype, device = getattr(torch, args.dtype), PartialState().device
         loaders[name] = partial(load_for_sampling, source, family, device, dtype, **adapter)
     return family, loaders
+
+
+def variant_of(where: str, args: argparse.Namespace) -> str | None:
+    """Return the variant to read a model in: that of `--variant` where a folder has nothing else, as a copy of the base
+    may have. What training saves is always plain."""
+    from siss_diffusers.families.causes import variants_in
+
+    files = [file.name for file in Path(where).glob("*/*.safetensors")]
+    return args.variant if args.variant in variants_in(files) and None not in variants_in(files) else None
 
 
 def refuse_flags_of_prompts(args: argparse.Namespace, title: str) -> None:
@@ -270,7 +227,7 @@ def split(args: argparse.Namespace, family: "Family") -> tuple["Images", "Images
     transform = ImageTransform(
         channels=family.channels, resolution=family.resolution, center_crop=True, random_flip=False
     )
-    data = split_data(DataSource.of(args).load(), transform, args.seed)
+    data = split_data(DataSource.of(args).load(), transform, args.seed, drop_near_duplicates=args.drop_near_duplicates)
     return data.train.select(np.sort(data.order.drawn)), data.forget, data.counts()
 
 

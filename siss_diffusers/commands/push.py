@@ -7,14 +7,17 @@ never uploaded.
 import argparse
 from pathlib import Path
 
+from siss_diffusers.parsing import path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="DIR", help="The --output_dir of a finished run.")
+    parser.add_argument("run", type=path, metavar="DIR", help="The --output_dir of a finished run.")
     parser.add_argument("--hub_model_id", help="The repository; default: the name of DIR, in your own account.")
     parser.add_argument("--hub_token", help="The token for the Hub; default: that of `hf auth login`, or HF_TOKEN.")
     parser.add_argument("--hub_private_repo", action="store_true", help="Make the repository private.")
     parser.add_argument(
         "--evaluation",
+        type=path,
         metavar="FILE",
         help="The evaluation.json that `siss evaluate` wrote about this model; default: the one in DIR, if any.",
     )

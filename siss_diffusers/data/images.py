@@ -1,12 +1,9 @@
 """Pictures: read, checked, and turned into the tensors that a network sees."""
 
 import hashlib
-import os
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from io import BytesIO
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,64 +12,16 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor
 
+from siss_diffusers.data.viewing import open_image, read_image, to_channels
 from siss_diffusers.errors import UsageError, describe_error
 
 
+logger = logging.getLogger(__name__)
+
 # A picture of a pixel by a million is a file of nothing, until its shorter side is resized to 512.
 MAX_RESIZED_PIXELS = 100_000_000
-
-
-@cache
-def image_formats() -> list[str]:
-    """All but EPS: Pillow has Ghostscript run such a file, and it is a program."""
-    Image.init()
-    return [name for name in Image.ID if name != "EPS"]
-
-
-def open_image(source: str | Path | bytes) -> Image.Image:
-    """A picture of which only the header is read, from a file or its bytes.
-
-    Raises:
-        Exception: of any kind, for Pillow does not say of which.
-    """
-    if isinstance(source, bytes):
-        return Image.open(BytesIO(source), formats=image_formats())
-    if not os.path.isfile(source):  # a pipe would never end
-        raise FileNotFoundError("it is not there, or no regular file")
-    return Image.open(source, formats=image_formats())
-
-
-def read_image(source: str | Path | bytes) -> Image.Image:
-    """The whole picture, decoded.
-
-    Raises:
-        ValueError: saying what is wrong with it.
-    """
-    try:
-        with open_image(source) as image:
-            image.load()
-            return image
-    except Exception as error:
-        raise ValueError(describe_error(error)) from error
-
-
-def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Convert a picture to the 1 or 3 channels of the model.
-
-    Raises:
-        ValueError: for a coloured picture and a model of one channel: its colours would be lost silently.
-    """
-    if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey levels at 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if channels == 3:
-        return image.convert("RGB")
-    if image.mode in ("1", "L", "LA", "I", "F"):
-        return image.convert("L")
-    red, green, blue = image.convert("RGB").split()
-    if red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes():
-        raise ValueError("it has colours and the model has one channel; convert it to grey, or use a model of three")
-    return red
+# Formats of animations and of pages. The others of a photo (MPO) are its previews, those of a drawing (PSD) its layers.
+HOLDS_SEVERAL = {"AVIF", "DCX", "FLI", "GIF", "PNG", "TIFF", "WEBP"}
 
 
 @dataclass(frozen=True)
@@ -103,8 +52,8 @@ class ImageTransform:
         """
         if max(image.size) / max(min(image.size), 1) * self.resolution**2 > MAX_RESIZED_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too narrow to resize; crop it")
-        if self.preserve_input_precision and image.mode.startswith("I;16"):
-            levels = torch.from_numpy(np.asarray(image).astype(np.uint16))
+        if self.preserve_input_precision and image.mode == "I;16":
+            levels = torch.from_numpy(np.array(image))
             picture = TF.convert_image_dtype(levels, torch.float32).expand(self.channels, -1, -1)
         else:
             picture = to_channels(image, self.channels)
@@ -157,8 +106,26 @@ class Images:
                 raise self._unreadable(index, describe_error(error))
         return True
 
+    def refuse_several_pictures(self) -> None:
+        """Refuse files of several pictures, as for images to forget: only the first of a file is read.
+
+        Raises:
+            UsageError: naming the first such file.
+        """
+        for index in range(len(self)):
+            try:
+                with open_image(source_of(self.rows[index][self.column])) as image:
+                    count = image.n_frames if image.format in HOLDS_SEVERAL else 1
+            except Exception as error:
+                raise self._unreadable(index, describe_error(error))
+            if count > 1:
+                raise UsageError(
+                    f"{self.flag}: {self._name(index)} holds {count} pictures, of which only the first would be"
+                    " forgotten; save each as a file of its own"
+                )
+
     def open(self, index: int) -> Image.Image:
-        """The whole picture, decoded.
+        """The whole picture, decoded, as a viewer shows it.
 
         Raises:
             UsageError: naming the file, where it cannot be read.
@@ -170,25 +137,32 @@ class Images:
 
     def load(self, index: int, generator: np.random.Generator | None = None) -> Tensor:
         """`(C, H, W)` float32 in [-1, 1]; without a generator nothing is random."""
+        return self._transformed(index, self.open(index), generator)
+
+    def look(self, index: int) -> tuple[bytes, Tensor]:
+        """Return the digest of a picture and what `load` returns for it; the file is decoded once."""
         image = self.open(index)
+        pixels = self._transformed(index, image)
+        image = to_channels(image, 3)
+        return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest(), pixels
+
+    def digest(self, index: int) -> bytes:
+        """Identifies the picture as a viewer shows it, in 8 bits, whatever the file format. Also proves that the image
+        can be used."""
+        return self.look(index)[0]
+
+    def name(self, index: int) -> str:
+        """Return the name of a picture's file, or its number."""
+        return self.rows[int(index)][self.column]["path"] or f"image {index}"
+
+    def _transformed(self, index: int, image: Image.Image, generator: np.random.Generator | None = None) -> Tensor:
         try:
             return self.transform(image, generator)
         except ValueError as error:
-            raise UsageError(f"{self.flag}: cannot use {self._name(index)}: {describe_error(error)}")
-
-    def digest(self, index: int) -> bytes:
-        """Identifies the decoded pixels, whatever the file format. Also proves that the image can be used."""
-        self.load(index)
-        image = self.open(index)
-        if not image.mode.startswith("I;16"):
-            image = image.convert("RGB")
-        return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest()
-
-    def _name(self, index: int) -> str:
-        return self.rows[index][self.column]["path"] or f"image {index}"
+            raise UsageError(f"{self.flag}: cannot use {self.name(index)}: {describe_error(error)}")
 
     def _unreadable(self, index: int, why: str) -> UsageError:
-        return UsageError(f"{self.flag}: cannot read {self._name(index)} ({why}); repair or remove it")
+        return UsageError(f"{self.flag}: cannot read {self.name(index)} ({why}); repair or remove it")
 
 
 def source_of(cell: dict) -> str | bytes:

@@ -1,25 +1,35 @@
 """The order in which images to keep are drawn, without copies of forget images."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from siss_diffusers.data.images import Images
+from siss_diffusers.data.near_copies import NUM_ORDINARY, Match, NearCopies, read_thumbnails, thumbnail
 from siss_diffusers.draws import epoch_order
 from siss_diffusers.errors import UsageError
 
 
-def digest_images(
-    images: Images,
+T = TypeVar("T")
+ROWS_AT_ONCE = 1_024  # thumbnails of so many rows are in memory
+
+
+def read_in_parts(
+    read: Callable[[Sequence[int]], list[T]],
     indices: Sequence[int],
     process_index: int = 0,
     num_processes: int = 1,
     gather: Callable[[list], list] = list,
-) -> list[bytes]:
-    """The digest of each of these images, computed in equal parts by all processes.
+) -> list[T]:
+    """Return what `read` returns for these rows, read in equal parts by all processes.
 
     Args:
+        read: returns an item for each of a few rows.
         gather: concatenates the lists of all processes, such as `accelerate.utils.gather_object`.
 
     Raises:
@@ -28,16 +38,26 @@ def digest_images(
     bounds = np.linspace(0, len(indices), num_processes + 1).astype(int)
     part, failure = [], None
     indices = indices[bounds[process_index] : bounds[process_index + 1]]
-    try:
-        for index in tqdm(indices, desc="Reading images", disable=process_index > 0 or len(indices) < 5_000):
-            part.append(images.digest(int(index)))
-    except UsageError as error:
-        failure = str(error)
+    with tqdm(
+        total=len(indices), desc="Reading images", disable=process_index > 0 or len(indices) < 5_000
+    ) as progress:
+        try:
+            for start in range(0, len(indices), ROWS_AT_ONCE):
+                part += read(indices[start : start + ROWS_AT_ONCE])
+                progress.update(len(part) - progress.n)
+        except UsageError as error:
+            failure = str(error)
     parts = gather([(part, failure)])
     for _, failure in parts:
         if failure is not None:
             raise UsageError(failure)
-    return [digest for part, _ in parts for digest in part]
+    return [item for part, _ in parts for item in part]
+
+
+def look_at(images: Images, rows: Sequence[int]) -> list[tuple[bytes, Tensor]]:
+    """Return the digest and the thumbnail of each of these images."""
+    looks = (images.look(int(row)) for row in rows)
+    return [(digest, thumbnail(pixels)) for digest, pixels in looks]
 
 
 class KeepOrder:
@@ -55,10 +75,17 @@ class KeepOrder:
         candidates: `(N,)` int64, the rows that are not in the forget set by their numbers, ascending.
         forgotten: digests of the forget images.
         limit: use only so many images, the first of the first pass.
+        thumbnails: of the forget images by digest; near copies of them are left out, too. None: exact copies only.
     """
 
     def __init__(
-        self, images: Images, candidates: np.ndarray, forgotten: set[bytes], seed: int, limit: int | None = None
+        self,
+        images: Images,
+        candidates: np.ndarray,
+        forgotten: set[bytes],
+        seed: int,
+        limit: int | None = None,
+        thumbnails: dict[bytes, Tensor] | None = None,
     ) -> None:
         self.images = images
         self.candidates = candidates
@@ -71,7 +98,12 @@ class KeepOrder:
         # By row. Pages of zeros take memory only once they are written to.
         self.digests = np.zeros((len(images), 16), dtype=np.uint8)
         self.checked = np.zeros(len(images), dtype=bool)
-        self.copies = np.zeros(len(images), dtype=bool)
+        self.copies = np.zeros(len(images), dtype=bool)  # exact ones
+        self.near_copies: dict[int, Match] = {}
+        self.near: NearCopies | None = None
+        if thumbnails is not None:
+            # The same ordinary images however far the order is walked.
+            self.near = NearCopies(thumbnails, partial(read_thumbnails, images, self.first_pass[:NUM_ORDINARY]))
 
     def __getitem__(self, position: int) -> int:
         """The row at a position.
@@ -85,16 +117,16 @@ class KeepOrder:
         epoch, index = divmod(position, len(self.drawn))
         return int(self.drawn[epoch_order(self.seed, 0, epoch, len(self.drawn))[index]])
 
-    def walk(self, num_positions: int, digest: Callable[[Images, Sequence[int]], list[bytes]] = digest_images) -> None:
+    def walk(self, num_positions: int, in_parts: Callable[..., list] = read_in_parts) -> None:
         """Check as many rows as the first `num_positions` positions need.
 
         Args:
-            digest: `digest_images`, or with its arguments for several processes that all call this.
+            in_parts: `read_in_parts`, or with its arguments for several processes that all call this.
         """
         wanted = min(num_positions, self.limit)
         while len(self.drawn) < wanted and self.walked < len(self.first_pass):
             rows = self.first_pass[self.walked : self.walked + wanted - len(self.drawn)]
-            self.drawn = np.concatenate([self.drawn, rows[~self._are_copies(rows, digest)]])
+            self.drawn = np.concatenate([self.drawn, rows[~self._are_copies(rows, in_parts)]])
             self.walked += len(rows)
 
     def first(self, count: int, among: np.ndarray | None = None) -> list[int]:
@@ -109,23 +141,39 @@ class KeepOrder:
         found, start = [], 0
         while len(found) < count and start < len(rows):
             part = rows[start : start + count - len(found)]
-            found += part[~self._are_copies(part, digest_images)].tolist()
+            found += part[~self._are_copies(part)].tolist()
             start += len(part)
         return sorted(found)
 
     def counts(self) -> dict[str, int]:
         """For `unlearning.json`: images to keep and duplicates removed, as far as is known, and images compared."""
-        removed = int(self.copies.sum())
+        exact, near = int(self.copies.sum()), len(self.near_copies)
         return {
-            "keep": min(self.limit, len(self.candidates) - removed),
-            "duplicates_removed": removed,
+            "keep": min(self.limit, len(self.candidates) - exact - near),
+            "duplicates_removed": exact,
+            "near_duplicates_removed": near,
             "checked": int(self.checked.sum()),
         }
 
-    def _are_copies(self, rows: np.ndarray, digest: Callable) -> np.ndarray:
+    def _are_copies(self, rows: np.ndarray, in_parts: Callable[..., list] = read_in_parts) -> np.ndarray:
         new = rows[~self.checked[rows]]
-        for row, found in zip(new, digest(self.images, new), strict=True):
+        for row, (found, match) in zip(new.tolist(), in_parts(self._compare, new), strict=True):
             self.digests[row] = np.frombuffer(found, dtype=np.uint8)
             self.copies[row] = found in self.forgotten
             self.checked[row] = True
-        return self.copies[rows]
+            if match is not None:
+                self.near_copies[row] = match
+        return self.copies[rows] | np.array([row in self.near_copies for row in rows.tolist()], dtype=bool)
+
+    def _compare(self, rows: Sequence[int]) -> list[tuple[bytes, Match | None]]:
+        """Return the digest of each of these rows, and the forget image that it is a near copy of."""
+        if self.near is None:
+            return [(self.images.digest(int(row)), None) for row in rows]
+        looks = look_at(self.images, rows)
+        others = [index for index, (digest, _) in enumerate(looks) if digest not in self.forgotten]
+        matches: dict[int, Match | None] = {}
+        if others:
+            matches = dict(
+                zip(others, self.near.find(torch.stack([looks[index][1] for index in others])), strict=True)
+            )
+        return [(digest, matches.get(index)) for index, (digest, _) in enumerate(looks)]

@@ -3,17 +3,15 @@
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
 from PIL import Image
 
 from siss_diffusers.data.sources import ImageRows, load_image_rows, undecoded
-from siss_diffusers.errors import UsageError
-
-
-# What PNG can hold; other modes are stored as TIFF.
-PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+from siss_diffusers.data.viewing import as_viewed
+from siss_diffusers.errors import UsageError, describe_error
 
 
 def rows_of(
@@ -22,6 +20,7 @@ def rows_of(
     caption_column: str | None = None,
     prompts: str | Sequence[str] | None = None,
     cache_dir: str | None = None,
+    every_file: bool = False,
 ) -> ImageRows:
     """Make rows of images in any form that `unlearn(...)` takes.
 
@@ -30,12 +29,13 @@ def rows_of(
         name: of the argument, for messages.
         caption_column: the column of the prompts; None for unconditional models.
         prompts: one prompt for all images, or one for each; they take the place of those in the data.
+        every_file: refuse a file of a folder that would not be used, as for images to forget.
 
     Raises:
         UsageError: for anything else, or a number of prompts that is not that of the images.
     """
     if isinstance(images, str | os.PathLike):
-        rows = load_image_rows(name, str(images), "image", is_folder=True, cache_dir=cache_dir)
+        rows = load_image_rows(name, str(images), "image", is_folder=True, every_file=every_file, cache_dir=cache_dir)
     elif isinstance(images, datasets.Dataset):
         rows = undecoded(images, image_column_of(images, name), name, roots=None)
     elif isinstance(images, Sequence):
@@ -75,7 +75,12 @@ def rows_of_pictures(pictures: Sequence, name: str, caption_column: str | None) 
         picture, caption = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
         if not isinstance(picture, Image.Image) or not isinstance(caption, str | None):
             raise UsageError(f"{name}[{index}] is neither a PIL image nor an (image, prompt) pair")
-        cells.append({"bytes": encoded(picture), "path": None})
+        try:
+            cells.append({"bytes": encoded(picture), "path": None})
+        except Exception as error:  # Pillow decodes a picture of a file here, and does not say how it fails
+            raise UsageError(
+                f"{name}[{index}] cannot be read ({describe_error(error)}); repair or remove it"
+            ) from error
         captions.append(caption)
     columns, features = {"image": cells}, {"image": datasets.Image(decode=False)}
     if caption_column is not None and any(caption is not None for caption in captions):
@@ -85,9 +90,10 @@ def rows_of_pictures(pictures: Sequence, name: str, caption_column: str | None) 
 
 
 def encoded(picture: Image.Image) -> bytes:
-    """Encode a picture without loss."""
+    """Encode a picture without loss, as a viewer shows it: PNG would not keep the orientation in its EXIF."""
     file = io.BytesIO()
-    picture.save(file, format="PNG" if picture.mode in PNG_MODES else "TIFF")
+    picture.load()
+    as_viewed(picture).save(file, format="PNG")
     return file.getvalue()
 
 
@@ -103,4 +109,4 @@ def with_prompts(rows: ImageRows, prompts: str | Sequence[str], caption_column: 
     dataset = rows.rows
     if caption_column in dataset.features:
         dataset = dataset.remove_columns(caption_column)
-    return ImageRows(dataset.add_column(caption_column, texts), rows.column, rows.flag)
+    return replace(rows, rows=dataset.add_column(caption_column, texts))

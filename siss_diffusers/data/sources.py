@@ -1,26 +1,39 @@
 """Folders and data sets as rows whose images are not yet decoded."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 from datasets import load_dataset
 
+from siss_diffusers.data.folders import list_folder, load_folder
 from siss_diffusers.data.images import Images, ImageTransform
+from siss_diffusers.data.saved import check_metadata_names, cure_of, load_saved, with_images
 from siss_diffusers.errors import UsageError, describe_error
 
 
-def check_declared_files(flag: str, folder: str) -> None:
+# Files of data sets that are more than a folder of images, and scripts, which `datasets` refuses.
+DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".zip", ".py")
+SPLIT_NAMES = {"train", "training", "test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"}
+
+
+def check_declared_files(flag: str, folder: str) -> bool:
     """The data card of a local data set may name its files: only those within it.
+
+    Returns:
+        Whether there is a card that says what the data are.
 
     Raises:
         UsageError: for any others, before `datasets` looks for them.
     """
+    is_described = False
     for name in (datasets.config.REPOCARD_FILENAME, datasets.config.REPOYAML_FILENAME):
         file = Path(folder, name)
         if not file.is_file():
@@ -29,13 +42,16 @@ def check_declared_files(flag: str, folder: str) -> None:
             card = huggingface_hub.metadata_load(file) if name.endswith(".md") else yaml.safe_load(file.read_text())
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UsageError(f"{flag}: cannot read {file} ({describe_error(error)}); repair or remove it")
-        configs = card.get("configs") if isinstance(card, dict) else None
+        card = card if isinstance(card, dict) else {}
+        configs = card.get("configs")
+        is_described = is_described or bool(configs or card.get("dataset_info"))
         for config in configs if isinstance(configs, list) else []:
             for declared in declared_files(config):
                 if "://" in declared or os.path.isabs(declared) or ".." in Path(declared).parts:
                     raise UsageError(
                         f"{flag}: {file} names {declared}, which lies outside of {folder}; remove it there"
                     )
+    return is_described
 
 
 def declared_files(config: object) -> Iterator[str]:
@@ -48,24 +64,86 @@ def declared_files(config: object) -> Iterator[str]:
             yield from (path for path in (paths if isinstance(paths, list) else [paths]) if isinstance(path, str))
 
 
-def load_rows(
-    flag: str, name: str, config_name: str | None = None, cache_dir: str | None = None, image_folder: bool = False
-) -> datasets.Dataset:
-    """The split `train` of a data set, or of a folder of images with or without metadata. No image is read.
+@dataclass(frozen=True)
+class LoadedRows:
+    """The rows of a data set that are used, and what else there is.
+
+    Args:
+        rows: the split `train`, or all of a folder.
+        passed_over: how much of what kind is not used, as a text; empty for nothing.
+        other_splits: of a data set that has several.
+    """
+
+    rows: datasets.Dataset
+    passed_over: str = ""
+    other_splits: Mapping[str, datasets.Dataset] = field(default_factory=dict)
+
+
+def load_rows(flag: str, name: str, config_name: str | None = None, cache_dir: str | None = None) -> LoadedRows:
+    """Load a data set: its split `train`, or all of a local folder of images. No image is read.
 
     Raises:
         UsageError: for anything that cannot be loaded.
     """
+    if (saved := load_saved(flag, name)) is not None:
+        return LoadedRows(saved)
+    check_metadata_names(flag, name)
+    folder = image_folder_of(flag, name) if config_name is None else None
+    if folder is not None:
+        return LoadedRows(*folder)
     try:
-        if image_folder:
-            return load_dataset("imagefolder", data_dir=name, cache_dir=cache_dir, split="train")
-        check_declared_files(flag, name)
-        return load_dataset(name, config_name, cache_dir=cache_dir, split="train")
-    except UsageError:
-        raise
+        splits = dict(load_dataset(name, config_name, cache_dir=cache_dir))
     except Exception as error:  # whatever the parsers make of a broken file
         cause = error.__cause__ or error  # what went wrong while generating, not that it did
-        raise UsageError(f"{flag}: {name or repr(name)} cannot be loaded ({describe_error(cause)})") from error
+        raise UsageError(
+            f"{flag}: {name or repr(name)} cannot be loaded ({describe_error(cause)}){cure_of(cause)}"
+        ) from error
+    if "train" not in splits:
+        raise UsageError(f"{flag}: {name} has no split train, only {', '.join(splits)}")
+    unread = images_in_no_split(flag, name, splits)
+    rows = splits.pop("train")
+    others = [f"the split {split} ({len(other)} rows)" for split, other in splits.items()]
+    return LoadedRows(rows, ", ".join(others + unread), splits)
+
+
+def images_in_no_split(flag: str, name: str, splits: Mapping[str, datasets.Dataset]) -> list[str]:
+    """Return how many images of a local folder `datasets` put into no split, as a text; nothing if there are none."""
+    if not os.path.isdir(name) or next(iter(splits.values())).builder_name != "imagefolder":
+        return []
+    files = list_folder(flag, name)
+    images = pa.array(files.images, pa.string())
+    for rows in splits.values():
+        for column, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):
+                paths = pc.struct_field(rows.data.column(column), "path")
+                images = images.filter(pc.invert(pc.is_in(images, paths)))
+    unread = images.to_pylist()
+    return [f"{len(unread)} images that are in no split ({files.examples(unread)})"] if unread else []
+
+
+def image_folder_of(flag: str, name: str) -> tuple[datasets.Dataset, str] | None:
+    """Load a local folder that holds images and no other data; None for any other data set.
+
+    `datasets` would take files for splits by their names. Where every folder in it has the name of a split, they are
+    splits, and `train` is read.
+
+    Raises:
+        UsageError: for files that cannot be used.
+    """
+    if not os.path.isdir(name) or check_declared_files(flag, name):
+        return None
+    files = list_folder(flag, name)
+    suffixes = Counter(os.path.splitext(path)[1].lower() for path in files.others)
+    tables = sum(suffixes[suffix] for suffix in (".csv", ".json", ".jsonl", ".txt"))
+    if not files.images or len(files.images) < tables or any(suffixes[suffix] for suffix in DATA_SUFFIXES):
+        return None
+    parts = {os.path.relpath(path, files.root).split(os.sep)[0] for path in files.images + files.metadata}
+    splits = {part for part in parts if part.lower() in SPLIT_NAMES}
+    if splits != parts or len(parts) < 2 or "train" not in parts:
+        return load_folder(flag, name, files=files)
+    rows, passed_over = load_folder(flag, os.path.join(name, "train"))
+    others = f"the splits {', '.join(sorted(splits - {'train'}))}"
+    return rows, f"{passed_over}, {others}" if passed_over else others
 
 
 def check_image_paths(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[str]) -> None:
@@ -103,11 +181,15 @@ class ImageRows:
         rows: the data set.
         column: of the images; `datasets.Image(decode=False)`.
         flag: where the rows come from, for messages.
+        passed_over: how much of what kind is not used of what was given, as a text; empty for nothing.
+        other_splits: of a data set that has several.
     """
 
     rows: datasets.Dataset
     column: str
     flag: str
+    passed_over: str = ""
+    other_splits: Mapping[str, datasets.Dataset] = field(default_factory=dict)
 
     def images(self, transform: ImageTransform) -> Images:
         return Images(self.rows, self.column, transform, self.flag)
@@ -119,6 +201,7 @@ def load_image_rows(
     column: str,
     *,
     is_folder: bool,
+    every_file: bool = False,
     config_name: str | None = None,
     cache_dir: str | None = None,
 ) -> ImageRows:
@@ -126,16 +209,22 @@ def load_image_rows(
 
     Args:
         source: the folder, or the name of the data set.
+        every_file: refuse a file of the folder that would not be used, as for images to forget.
 
     Raises:
         UsageError: naming the flag, for a source that cannot be read or has no such column.
     """
     if is_folder and not os.path.isdir(source):
         raise UsageError(f"{flag}: no folder {source or repr(source)}")
-    rows = load_rows(flag, source, config_name, cache_dir, image_folder=is_folder)
+    if is_folder and load_saved(flag, source) is None:
+        check_metadata_names(flag, source)
+        loaded = LoadedRows(*load_folder(flag, source, every_file=every_file))
+    else:
+        loaded = load_rows(flag, source, config_name, cache_dir)
     downloads = (cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
     roots = [source] if os.path.isdir(source) else [str(root) for root in downloads if root]
-    return undecoded(rows, column, flag, roots)
+    images = undecoded(loaded.rows, column, flag, roots)
+    return replace(images, passed_over=loaded.passed_over, other_splits=loaded.other_splits)
 
 
 def undecoded(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[str] | None) -> ImageRows:
@@ -147,6 +236,7 @@ def undecoded(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[st
     Raises:
         UsageError: where there is no such column, or an image lies elsewhere.
     """
+    rows = with_images(rows, column, flag)
     if not isinstance(rows.features.get(column), datasets.Image):
         raise UsageError(f"--image_column: {flag} has no image column {column!r}, only {', '.join(rows.features)}")
     plain = (datasets.Value, datasets.ClassLabel)

@@ -1,17 +1,23 @@
 """The split of a data set into what to keep and what to forget."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
+import datasets
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from siss_diffusers.data.forget_set import forget_rows_of
+from siss_diffusers.data.forget_set import forget_rows_of, warn_of_marks
 from siss_diffusers.data.images import Images, ImageTransform
-from siss_diffusers.data.keep_order import KeepOrder, digest_images
+from siss_diffusers.data.keep_order import KeepOrder, look_at, read_in_parts
+from siss_diffusers.data.near_copies import Match
 from siss_diffusers.data.sources import ImageRows, load_image_rows
 from siss_diffusers.errors import UsageError
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,19 +85,40 @@ class DataSource:
             if self.forget_data_dir is not None:
                 same = self.forget_data_dir == self.train_data_dir
                 column = self.image_column if same else "image"
-                return GivenRows(train, self._folder("--forget_data_dir", self.forget_data_dir, column))
-        indices = forget_rows_of(
-            train.rows, train.column, self.forget_files, self.forget_column, self.forget_value, self.train_data_dir
-        )
+                forget = self._folder("--forget_data_dir", self.forget_data_dir, column, every_file=True)
+                if not same:
+                    warn_of_marks(train.rows, "--forget_data_dir")
+                return GivenRows(train, forget)
+        by_column = (self.forget_column, self.forget_value)
+        indices = forget_rows_of(train.rows, train.column, self.forget_files, *by_column, self.train_data_dir)
         if indices is None:
             raise UsageError(
                 "nothing to forget: give --forget_data_dir, --forget_files or --forget_column, or a data set with a"
                 " boolean column `forget`"
             )
+        for name, rows in train.other_splits.items():
+            refuse_forget_rows(rows, name, *by_column)
         return GivenRows(train, forget_indices=indices)
 
-    def _folder(self, flag: str, folder: str, column: str) -> ImageRows:
-        return load_image_rows(flag, folder, column, is_folder=True, cache_dir=self.cache_dir)
+    def _folder(self, flag: str, folder: str, column: str, every_file: bool = False) -> ImageRows:
+        return load_image_rows(flag, folder, column, is_folder=True, every_file=every_file, cache_dir=self.cache_dir)
+
+
+def refuse_forget_rows(rows: datasets.Dataset, split: str, column: str | None, value: str | None) -> None:
+    """Refuse a split that is not used and holds rows to forget.
+
+    Raises:
+        UsageError: naming the split.
+    """
+    try:
+        marked = forget_rows_of(rows, "", None, column, value)
+    except UsageError:  # no such column or value there
+        return
+    if marked:
+        raise UsageError(
+            f"--dataset_name: {len(marked)} rows to forget are in the split {split}, of which nothing is used; move them"
+            " to the split train, or give their images by --forget_data_dir"
+        )
 
 
 @dataclass(frozen=True)
@@ -114,6 +141,10 @@ class Split:
         """Return the numbers of images for `unlearning.json`."""
         return {"train": len(self.train), "forget": len(self.forget), **self.order.counts()}
 
+    def forget_row(self, match: Match) -> int:
+        """Return the number of the first forget image that a near copy is similar to."""
+        return self.forget_digests.index(match.digest)
+
 
 def split_data(
     given: GivenRows,
@@ -121,12 +152,14 @@ def split_data(
     seed: int,
     num_positions: int | None = None,
     max_keep: int | None = None,
+    drop_near_duplicates: bool = True,
 ) -> Split:
-    """Split a training set; exact duplicates of images to forget leave the keep set.
+    """Split a training set; copies of images to forget leave the keep set.
 
     Args:
         num_positions: how far the order of the images to keep is checked; None: every image.
         max_keep: use only so many images of the keep set.
+        drop_near_duplicates: whether near copies leave the keep set, too, or exact ones only.
 
     Raises:
         UsageError: for a set that is empty, or an image that is needed and cannot be used.
@@ -142,18 +175,26 @@ def split_data(
         raise UsageError("the forget set is empty; check --forget_data_dir, --forget_column and --forget_value")
 
     state = PartialState()
-    digest = partial(
-        digest_images,
+    for rows in (given.train, given.forget):
+        if state.is_main_process and rows is not None and rows.passed_over:
+            logger.warning(f"{rows.flag}: passed over {rows.passed_over}")
+    in_parts = partial(
+        read_in_parts,
         process_index=state.process_index,
         num_processes=state.num_processes,
         gather=gather_object if state.num_processes > 1 else list,
     )
-    in_train = given.forget_indices
-    forget_digests = digest(forget, range(len(forget))) if in_train is None else digest(train, in_train)
-    order = KeepOrder(train, candidates, set(forget_digests), seed, max_keep)
-    order.walk(len(train) if num_positions is None else num_positions, digest)
+    if given.forget_indices is None:
+        looks = in_parts(partial(look_at, forget), range(len(forget)))
+    else:
+        looks = in_parts(partial(look_at, train), given.forget_indices)
+    forget.refuse_several_pictures()
+    thumbnails = dict(looks)
+    order = KeepOrder(train, candidates, set(thumbnails), seed, max_keep, thumbnails if drop_near_duplicates else None)
+    order.walk(len(train) if num_positions is None else num_positions, in_parts)
     if len(order.drawn) == 0:
+        near = "; --no-drop_near_duplicates keeps near copies" if order.near_copies else ""
         raise UsageError(
-            "nothing to keep: every image of the training set is in the forget set; widen --train_data_dir"
+            f"nothing to keep: every image of the training set is in the forget set; widen --train_data_dir{near}"
         )
-    return Split(train, forget, order, forget_digests)
+    return Split(train, forget, order, [digest for digest, _ in looks])

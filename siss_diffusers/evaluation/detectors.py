@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siss_diffusers.metrics.broken import finite
 from siss_diffusers.metrics.clusters import CopyCluster
-from siss_diffusers.metrics.copies import CopyDetectors, for_detectors
+from siss_diffusers.metrics.copies import CopyDetectors
 from siss_diffusers.metrics.damage import damaged
 from siss_diffusers.metrics.features import copy_similarity, pixel_features
+from siss_diffusers.similarity import for_detectors
 
 
 MIN_SILHOUETTE = 0.25  # below, k-means has split what is one cluster
@@ -57,7 +59,7 @@ class Detectors:
         Returns:
             The reason why it cannot tell copies from the rest; None if it was added.
         """
-        features = pixel_features(for_detectors(samples))
+        features = pixel_features(for_detectors(samples[finite(samples)]))
         clusters = CopyCluster.fit(features, pixel_features(self.by_pixels.references), seed=seed)
         if clusters is None or clusters.silhouette < MIN_SILHOUETTE:
             return "the base's samples do not fall into two clusters, one of them that of the forget images"
@@ -73,10 +75,17 @@ class Detectors:
         flags = self.by_pixels.flags(images)
         del flags["any"]
         if self.copy_features is not None:
-            flags["network"] = self.similarity(images) > self.min_similarity
+            flags["network"] = torch.zeros(len(images), dtype=torch.bool)
+            if (measured := finite(images)).any():
+                flags["network"][measured] = self.similarity(images[measured]) > self.min_similarity
         if self.clusters is not None:
             flags["cluster"] = self.clusters.flags(pixel_features(for_detectors(images)))
         return flags | {"any": torch.stack(list(flags.values())).any(0)}
+
+    @property
+    def are_blind(self) -> bool:
+        """Whether they miss a forget image itself, because an image to keep looks the same."""
+        return not self.flags(self.references)["any"].all()
 
     def damage_table(self, seed: int) -> dict[str, dict[str, float]]:
         """Return for each detector and kind of damage the share of damaged forget images that it still flags.

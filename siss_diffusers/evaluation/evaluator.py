@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from torch import Tensor
 
+from siss_diffusers.errors import UsageError, describe_error
 from siss_diffusers.evaluation.data import EvaluationData, collect_data
 from siss_diffusers.evaluation.detectors import Detectors
 from siss_diffusers.evaluation.model import MeasuredModel
@@ -171,7 +173,27 @@ def measure(model: MeasuredModel, entries: Iterable[Entry] | None = None) -> tup
                 figures |= entry.measure(model)
             except Skip as skip:
                 reasons[entry.key] = str(skip)
-    return figures, reasons
+            except UsageError:
+                raise
+            except (RuntimeError, ValueError, ArithmeticError) as error:
+                # One figure less, not all of them. Other processes would wait for this one.
+                if PartialState().num_processes > 1:
+                    raise
+                logger.warning(f"{entry.label} could not be measured ({describe_error(error)})")
+                reasons[entry.key] = f"it failed ({type(error).__name__})"
+    for key, value in figures.items():
+        if isinstance(value, float) and not isfinite(value):
+            reasons.setdefault(key, "the result is not a finite number")
+    return only_finite(figures), reasons
+
+
+def only_finite(value: Any) -> Any:
+    """Return a copy of a JSON value with None in place of numbers that are not finite, however deep."""
+    if isinstance(value, dict):
+        return {key: only_finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [only_finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def evaluate(

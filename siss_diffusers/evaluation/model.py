@@ -15,7 +15,9 @@ from siss_diffusers.evaluation.detectors import Detectors
 from siss_diffusers.evaluation.networks import Networks
 from siss_diffusers.evaluation.settings import EvaluationSettings
 from siss_diffusers.families import Conditions, Family, Sampling
-from siss_diffusers.metrics.base import Skip
+from siss_diffusers.metrics.base import BLIND, Skip
+from siss_diffusers.metrics.broken import broken, finite
+from siss_diffusers.metrics.copies import copy_statistics
 from siss_diffusers.metrics.noise_norm import TextNoiseNorms
 from siss_diffusers.noising import GaussianPath
 
@@ -77,10 +79,25 @@ class MeasuredModel:
         """For each detector which of `samples` are copies."""
         return self.detectors.flags(self.samples)
 
+    @cached_property
+    def broken(self) -> Tensor:
+        """Which of `samples` are no pictures, `(N,)` bool."""
+        return broken(self.samples)
+
     @property
     def others(self) -> Tensor:
-        """Those of `samples` that are no copies; there may be none."""
-        return self.samples[~self.flags["any"]]
+        """Those of `samples` that are no copies, and finite; there may be none."""
+        return self.samples[~self.flags["any"] & finite(self.samples)]
+
+    def count_copies(self, samples: Tensor) -> dict[str, Any]:
+        """Count the copies among samples, and those that are no pictures, as in `evaluation.json`.
+
+        Raises:
+            Skip: where the detectors cannot tell a copy.
+        """
+        if self.detectors.are_blind:
+            raise Skip(BLIND)
+        return copy_statistics(self.detectors.flags(samples), broken(samples))
 
     @cached_property
     def ordinary_samples(self) -> Tensor:
@@ -101,10 +118,15 @@ class MeasuredModel:
         """Which of `ordinary_samples` are copies, `(N,)` bool."""
         return self.detectors.flags(self.ordinary_samples)["any"]
 
+    @cached_property
+    def ordinary_broken(self) -> Tensor:
+        """Which of `ordinary_samples` are no pictures, `(N,)` bool."""
+        return broken(self.ordinary_samples) & ~self.ordinary_copies
+
     @property
     def ordinary_others(self) -> Tensor:
-        """Those of `ordinary_samples` that are no copies; there may be none."""
-        return self.ordinary_samples[~self.ordinary_copies]
+        """Those of `ordinary_samples` that are no copies, and finite; there may be none."""
+        return self.ordinary_samples[~self.ordinary_copies & finite(self.ordinary_samples)]
 
     def samples_by_kind(self) -> dict[str, Tensor]:
         """Return the samples to look at, by what they are called."""

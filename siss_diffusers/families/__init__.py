@@ -1,10 +1,11 @@
 """Every family of pipelines is one file here and one line in `FAMILIES`."""
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling
+from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling, silenced
 from siss_diffusers.families.sources import LoadedPipeline, NamedPipeline
 from siss_diffusers.families.stable_diffusion import StableDiffusion
 from siss_diffusers.families.unconditional import Unconditional
+from siss_diffusers.noising import GaussianPath
 
 
 FAMILIES: tuple[type[Family], ...] = (Unconditional, StableDiffusion)
@@ -17,16 +18,38 @@ def find_family(source: PipelineSource, *, with_prompts: bool | None = None) -> 
         with_prompts: accept families with (True) or without (False) prompts only; None accepts both.
 
     Raises:
-        UsageError: naming what is supported, for a pipeline of no family.
+        UsageError: naming what is supported, for a pipeline of no family, or with noise levels of another kind.
     """
     allowed = [family for family in FAMILIES if with_prompts in (None, family.has_prompts)]
     for family in allowed:
         if family.fits(source.pipeline_config):
+            check_scheduler(source, family)
             return family
     raise UsageError(
         f"{source.flag}: {source.describe()} is a {source.pipeline_config['_class_name']}, which is not supported here;"
         f" use {' or '.join(family.title for family in allowed)}"
     )
+
+
+def check_scheduler(source: PipelineSource, family: type[Family]) -> None:
+    """Check that a pipeline draws samples along the noise levels that it would be trained on.
+
+    Raises:
+        UsageError: for a solver of another kind of model, or a prediction type that is not known.
+    """
+    scheduler = source.scheduler()
+    name = type(scheduler).__name__
+    try:
+        with silenced():
+            drawn = GaussianPath.from_scheduler(scheduler)
+            trained = GaussianPath.from_scheduler(family.training_scheduler(scheduler))
+        if drawn.prediction_type != trained.prediction_type or scheduler.config.get("use_flow_sigmas"):
+            raise ValueError(f"{name} samples a flow-matching model")
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(
+            f"{source.flag}: {source.describe()} has the scheduler {name}, and {family.title} is trained on the noise"
+            f" levels of a DDPMScheduler, a DDIMScheduler or another of their kind ({error}); name a pipeline with one"
+        ) from error
 
 
 __all__ = [

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -80,14 +81,20 @@ class PipelineSource(Protocol):
     def component_config(self, component: str) -> dict:
         """Read the configuration of a component."""
 
+    def scheduler(self) -> Any:
+        """Return the scheduler, which has no weights."""
+
     def load_without_network(self, family: "Family") -> Any:
         """Load the pipeline in float32, its network left out."""
 
     def load_network(self, family: "Family", pipeline) -> None:
         """Load the network in float32 into the pipeline."""
 
-    def load_with_network(self, family: "Family", network: Any) -> Any:
-        """Load the pipeline around a trained network, to be saved."""
+    def check_rest(self, family: "Family") -> None:
+        """Check that everything but the network can be saved beside it, before any weights are read."""
+
+    def save_rest(self, family: "Family", pipeline, folder: Path) -> None:
+        """Save everything of the pipeline but its network, whose folder is there, as it was."""
 
     def network_skeleton(self, family: "Family") -> nn.Module:
         """Return the network for a look at its layers; its weights may be missing."""
@@ -146,7 +153,8 @@ class Family(ABC):
         """Return the component that is trained."""
         return getattr(pipeline, self.network_name)
 
-    def training_scheduler(self, scheduler):
+    @classmethod
+    def training_scheduler(cls, scheduler):
         """Return the scheduler whose noise levels are trained on."""
         from diffusers import DDPMScheduler
 

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.families.base import Family
+from siss_diffusers.families.base import Family, silenced
+from siss_diffusers.families.causes import check_variant, variants_in
+from siss_diffusers.families.saving import check_copyable, components_of, copy_rest
 from siss_diffusers.families.trust import load_pipeline_config, loading
+from siss_diffusers.storage.files import LORA_FILE
 
 
 # Loaded as None in training: they are not needed, and a picture that the checker blacks out could not be compared.
@@ -34,25 +37,44 @@ class NamedPipeline:
     network_revision: str | None = None
     is_ours = True
 
+    def __post_init__(self) -> None:
+        self.name = str(self.name)  # pipelines remember where they come from as a `Path`, too
+
     def describe(self) -> str:
         return self.name
 
     @cached_property
     def pipeline_config(self) -> dict:
-        folder = Path(self.name)
-        is_adapter = any(
-            (folder / file).exists() for file in ("pytorch_lora_weights.safetensors", "adapter_config.json")
-        )
-        if is_adapter and not (folder / "model_index.json").exists():
+        # Not by Path: it raises for a name that is too long for a file.
+        exists = {
+            file: os.path.exists(os.path.join(self.name, file))
+            for file in (LORA_FILE, "adapter_config.json", "model_index.json")
+        }
+        if any(exists.values()) and not exists["model_index.json"]:
             raise UsageError(f"{self.flag}: {self.name} is an adapter; name the pipeline that it was trained on")
-        return load_pipeline_config(self.name, self.flag, revision=self.revision, cache_dir=self.cache_dir)
+        config = load_pipeline_config(self.name, self.flag, revision=self.revision, cache_dir=self.cache_dir)
+        folder = Path(self.name)
+        loaded = [name for name in components_of(config) if name not in NOT_IN_TRAINING and (folder / name).is_dir()]
+        files = {name: os.listdir(folder / name) for name in loaded}
+        check_variant(files, self.variant, self.name, self.flag)
+        return config
 
     def component_class(self, component: str) -> Any:
         import diffusers
 
-        return getattr(diffusers, self.pipeline_config[component][1])
+        name = self.pipeline_config[component][1]
+        if not hasattr(diffusers, str(name)):
+            raise UsageError(
+                f"{self.flag}: {component} of {self.name} is a {name}, which diffusers {diffusers.__version__} does not"
+                " have; update diffusers"
+            )
+        return getattr(diffusers, name)
 
     def component_config(self, component: str) -> dict:
+        return self._read_config(component)[0]
+
+    def _read_config(self, component: str) -> tuple[dict, str | None]:
+        """Return the configuration of a component, and the sub-folder that it is in."""
         model_class = self.component_class(component)
         # Of a repository without sub-folders, the network's configuration is that of the repository.
         failure = None
@@ -65,19 +87,34 @@ class NamedPipeline:
             except UsageError as error:
                 failure = failure or error
                 continue
-            if isinstance(config, dict) and config.get("_class_name") == model_class.__name__:
-                return config
+            # Schedulers are often exchanged in the index alone; they read the configurations of each other.
+            known = isinstance(config, dict) and (
+                component == "scheduler" or config.get("_class_name") == model_class.__name__
+            )
+            if known:
+                return config, subfolder
         raise failure or UsageError(f"{self.flag}: {self.name} has no {component} of class {model_class.__name__}")
+
+    def scheduler(self) -> Any:
+        scheduler_class = self.component_class("scheduler")
+        with loading(self.name, self.flag), silenced():
+            return scheduler_class.from_config(self.component_config("scheduler"))
 
     def load_without_network(self, family: Family) -> Any:
         return self._load({family.network_name: None})
 
     def load_network(self, family: Family, pipeline) -> None:
-        where = {"revision": self.network_revision or self.revision, "variant": self.variant}
+        folder = Path(self.name, family.network_name)
+        # As in pipelines: a part without files of the variant is read from the plain ones.
+        has_variant = not folder.is_dir() or self.variant in variants_in(os.listdir(folder))
+        where = {
+            "revision": self.network_revision or self.revision,
+            "variant": self.variant if has_variant else None,
+        }
         with loading(self.name, self.flag):
             network = self.component_class(family.network_name).from_pretrained(
                 self.name,
-                subfolder=family.network_name,
+                subfolder=self._read_config(family.network_name)[1],
                 cache_dir=self.cache_dir,
                 use_safetensors=True,
                 dtype=torch.float32,
@@ -85,8 +122,22 @@ class NamedPipeline:
             )
         pipeline.register_modules(**{family.network_name: network})
 
-    def load_with_network(self, family: Family, network: Any) -> Any:
-        return self._load({family.network_name: network})
+    @cached_property
+    def snapshot(self) -> Path:
+        """The folder of the whole pipeline, downloaded where it is on the Hub."""
+        if os.path.isdir(self.name):
+            return Path(self.name)
+        from diffusers import DiffusionPipeline
+
+        with loading(self.name, self.flag):
+            where = {"revision": self.revision, "variant": self.variant, "cache_dir": self.cache_dir}
+            return Path(DiffusionPipeline.download(self.name, use_safetensors=True, **where))
+
+    def check_rest(self, family: Family) -> None:
+        check_copyable(self.snapshot, self.pipeline_config, family.network_name, self.name, self.flag)
+
+    def save_rest(self, family: Family, pipeline, folder: Path) -> None:
+        copy_rest(self.snapshot, self.pipeline_config, family.network_name, folder, self.variant)
 
     def network_skeleton(self, family: Family) -> nn.Module:
         from accelerate import init_empty_weights
@@ -134,6 +185,9 @@ class LoadedPipeline:
     def component_config(self, component: str) -> dict:
         return dict(getattr(self.pipeline, component).config)
 
+    def scheduler(self) -> Any:
+        return self.pipeline.scheduler
+
     def load_without_network(self, family: Family) -> Any:
         return self.pipeline
 
@@ -142,9 +196,14 @@ class LoadedPipeline:
         if network.dtype != torch.float32:
             network.to(torch.float32)
 
-    def load_with_network(self, family: Family, network: Any) -> Any:
-        self.pipeline.register_modules(**{family.network_name: network})
-        return self.pipeline
+    def check_rest(self, family: Family) -> None:
+        pass  # it is in memory
+
+    def save_rest(self, family: Family, pipeline, folder: Path) -> None:
+        for name, component in self.pipeline.components.items():
+            if name != family.network_name and component is not None:
+                component.save_pretrained(folder / name)
+        self.pipeline.save_config(folder)
 
     def network_skeleton(self, family: Family) -> nn.Module:
         return family.network(self.pipeline)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from siss_diffusers.errors import UsageError, describe_error
+from siss_diffusers.families.causes import cause_on_the_hub, check_is_pipeline, check_variant
 
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
@@ -71,10 +72,36 @@ def loading(name: str | Path, flag: str) -> Iterator[None]:
     except Exception as error:  # whatever the libraries make of a broken file
         if "custom code" in str(error) or "trust_remote_code" in str(error):
             raise UsageError(f"{flag}: {name} {OWN_CODE.format(describe_error(error))}") from error
+        cause = cause_on_the_hub(error, str(name))
+        if cause is not None:
+            raise UsageError(f"{flag}: {name} {cause}") from error
         hint = ""
         if re.search(r"safetensors.*(found|weights)|file named .*safetensors", str(error)):
+            check_variant_on_the_hub(str(name), flag)
             hint = "; pickles are not read, for they can run code"
         raise UsageError(f"{flag}: {name} cannot be loaded ({describe_error(error)}){hint}") from error
+
+
+def check_variant_on_the_hub(name: str, flag: str) -> None:
+    """Refuse weights that a repository holds in another variant only; a repository that cannot be listed passes.
+
+    Raises:
+        UsageError: naming the variants that are there.
+    """
+    if os.path.exists(name):
+        return
+    from huggingface_hub import list_repo_files
+
+    try:
+        files = list_repo_files(name)
+    except Exception:  # the error that brought us here is the better one
+        return
+    by_component: dict[str, list[str]] = {}
+    for file in files:
+        component, _, rest = file.rpartition("/")
+        if component in COMPONENTS_WITH_WEIGHTS:
+            by_component.setdefault(component, []).append(rest)
+    check_variant(by_component, None, name, flag)
 
 
 def load_pipeline_config(name: str, flag: str, **where: str | None) -> dict:
@@ -86,6 +113,7 @@ def load_pipeline_config(name: str, flag: str, **where: str | None) -> dict:
     from diffusers import DiffusionPipeline
 
     check_safetensors(name, flag)
+    check_is_pipeline(name, flag)
     try:
         config = DiffusionPipeline.load_config(name, **where)
         check_components(config, name, flag)
@@ -93,6 +121,9 @@ def load_pipeline_config(name: str, flag: str, **where: str | None) -> dict:
     except UsageError:
         raise
     except Exception as error:  # whatever is there instead
+        cause = cause_on_the_hub(error, name)
+        if cause is not None:
+            raise UsageError(f"{flag}: {name} {cause}") from error
         raise UsageError(f"{flag}: {name} is no diffusers pipeline ({describe_error(error)})") from error
 
 

@@ -9,10 +9,11 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 
-from siss_diffusers.hub.contents import LORA_FILE, read_components
+from siss_diffusers.hub.contents import read_components
 from siss_diffusers.methods import METHODS
 from siss_diffusers.metrics import METRICS, Metric
 from siss_diffusers.metrics.formats import interval_percent, percent
+from siss_diffusers.storage.files import LORA_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,11 @@ def relearning_result(figures: dict) -> dict[str, object] | None:
     points = figures.get("relearning")
     if not points:
         return None
-    return {"steps": points[-1]["step"], "copies": percent(max(point["copy_share"] for point in points))}
+    # Where all samples were broken, no share was measured.
+    measured = [point for point in points if is_number(point.get("copy_share"))]
+    if not measured:
+        return None
+    return {"steps": measured[-1]["step"], "copies": percent(max(point["copy_share"] for point in measured))}
 
 
 def is_number(value: object) -> bool:

@@ -9,10 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.storage.files import read_json
+from siss_diffusers.storage.files import LORA_FILE, read_json
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that every `save_lora_weights` of diffusers uses
 MODEL_INDEX = "model_index.json"
 NETWORKS = ("unet", "transformer")  # the components that a run may train
 

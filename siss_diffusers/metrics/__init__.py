@@ -5,6 +5,7 @@ The order is that of tables.
 
 from siss_diffusers.metrics import (
     accuracy,
+    broken,
     clip,
     copies,
     distribution,
@@ -25,12 +26,14 @@ METRICS: dict[str, Metric] = {
     metric.key: metric
     for metric in (
         copies.SAMPLES,
+        broken.BROKEN_SHARE,
         copies.COPY_SHARE,
         copies.OTHERS,
         copies.OTHERS_DISTANCE_TO_KEEP,
         sharpness.OTHERS_SHARPNESS,
         drift.DRIFT,
         copies.ORDINARY_COPY_SHARE,
+        broken.ORDINARY_BROKEN_SHARE,
         accuracy.CLASSIFIER_ACCURACY,
         inception_score.INCEPTION_SCORE,
         distribution.FID,

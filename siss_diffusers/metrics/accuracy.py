@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from siss_diffusers.metrics.base import Metric, Skip
+from siss_diffusers.metrics.broken import finite
 from siss_diffusers.metrics.formats import percent
 
 
@@ -21,7 +22,9 @@ def _classifier_accuracy(model: "MeasuredModel") -> dict[str, float]:
     samples = model.ordinary_samples
     # The prompts took turns. -1: the prompt names no class.
     asked = torch.tensor([classes.get(prompts[index % len(prompts)], -1) for index in range(len(samples))])
-    seen = model.networks.class_probabilities(samples).argmax(1)
+    seen = torch.full((len(samples),), -2)  # a picture that is not finite shows nothing that was asked for
+    if (measured := finite(samples)).any():
+        seen[measured] = model.networks.class_probabilities(samples[measured]).argmax(1)
     return {"classifier_accuracy": (seen == asked)[asked >= 0].float().mean().item()}
 
 

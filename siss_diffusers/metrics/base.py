@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from siss_diffusers.evaluation.model import MeasuredModel
 
 NO_PROMPTS = "the model is unconditional: there is no text"
-NONE_LEFT = "every sample is a copy, so no other sample is left to measure"
+NONE_LEFT = "every sample is a copy or not finite, so no other sample is left to measure"
+
+
+ALL_BROKEN = "every sample is broken: not finite, of one colour, or black"
+BLIND = (
+    "the detectors do not flag the forgotten images themselves, for an image to keep looks the same; remove it and"
+    " evaluate again"
+)
 
 
 class Skip(Exception):
@@ -65,7 +72,7 @@ class Probe(Entry):
 
 
 def not_empty(samples: "Tensor") -> "Tensor":
-    """Return samples that are no copies.
+    """Return samples that are no copies, and finite.
 
     Raises:
         Skip: if there are none.

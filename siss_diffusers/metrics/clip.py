@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siss_diffusers.families.trust import loading
-from siss_diffusers.metrics.base import NO_PROMPTS, Metric, Skip, not_empty
+from siss_diffusers.metrics.base import ALL_BROKEN, NO_PROMPTS, Metric, Skip, not_empty
+from siss_diffusers.metrics.broken import finite
 
 
 if TYPE_CHECKING:
@@ -93,7 +94,10 @@ def _clip_score(model: "MeasuredModel") -> dict[str, float]:
     clip, samples, prompts = _clip_of(model), model.ordinary_samples, model.data.ordinary_prompts
     # The prompts took turns.
     texts = clip.of_texts(prompts)[torch.arange(len(samples)) % len(prompts)]
-    return {"clip_score": clip_score(clip.of_images(samples, model.settings.batch_size), texts).mean().item()}
+    if not (measured := finite(samples)).any():
+        raise Skip(ALL_BROKEN)
+    images = clip.of_images(samples[measured], model.settings.batch_size)
+    return {"clip_score": clip_score(images, texts[measured]).mean().item()}
 
 
 CLIP_IQA = Metric(

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from siss_diffusers.metrics.base import NO_PROMPTS, Metric, Skip, not_empty
+from siss_diffusers.metrics.base import ALL_BROKEN, NO_PROMPTS, Metric, Skip, not_empty
 from siss_diffusers.metrics.formats import four_digits, percent, short_number
+from siss_diffusers.similarity import correlation, for_detectors, pixel_l2
 
 
 if TYPE_CHECKING:
     from siss_diffusers.evaluation.model import MeasuredModel
 
-# Samples are compared with the forget images at this size at most, which a copy's small shifts and blurs survive.
-DETECTOR_SIZE = 64
 # Thresholds are calibrated on at most this many of the images to keep.
 MAX_KEEP_IMAGES = 2_000
 
@@ -29,56 +27,6 @@ DETECTORS = {
     "cluster": "The picture falls into the base's cluster of copies",
     "any": "At least one detector flags the picture. The report calls such a picture a copy",
 }
-
-
-def for_detectors(images: Tensor) -> Tensor:
-    """Return images `(N, C, H, W)` at the size at which copies are looked for; small ones as they are."""
-    size = min(DETECTOR_SIZE, images.shape[-1])
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-
-
-def pixel_l2(samples: Tensor, references: Tensor) -> Tensor:
-    """Return the distance to the nearest reference, `(N,)`: the T-shirt rule of the SISS paper. Pixels in [0, 1].
-
-    Args:
-        samples: `(N, C, H, W)`.
-        references: `(K, C, H, W)`.
-    """
-    # By differences: through a matrix product, which cdist takes for more than 25 rows, an exact copy of 3x256x256
-    # pixels is 0.5 away from itself.
-    distances = torch.cdist(samples.flatten(1), references.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.amin(1)
-
-
-def correlation(samples: Tensor, references: Tensor, max_shift: int = 1) -> Tensor:
-    """Return the highest zero-mean normalised correlation with any reference moved by up to `max_shift` pixels.
-
-    Brightness and contrast do not change it, and noise, blur and small translations change it little. All of these
-    defeat a pixel distance. It is taken in colour and in grey, so that burnt colours do not hide a copy either. A flat
-    sample correlates with nothing: 0.
-
-    Args:
-        samples: `(N, C, H, W)`.
-        references: `(K, C, H, W)`.
-
-    Returns:
-        `(N,)` in [-1, 1].
-    """
-    height, width = references.shape[-2:]
-    padded = F.pad(references, (max_shift,) * 4, mode="replicate")
-    moved = torch.cat(
-        [
-            padded[..., top : top + height, left : left + width]
-            for top in range(2 * max_shift + 1)
-            for left in range(2 * max_shift + 1)
-        ]
-    )
-    samples, moved = (images - images.mean(dim=(2, 3), keepdim=True) for images in (samples, moved))
-    in_colour, in_grey = (
-        (F.normalize(first.flatten(1), dim=1) @ F.normalize(second.flatten(1), dim=1).T).amax(1)
-        for first, second in ((samples, moved), (samples.mean(1), moved.mean(1)))
-    )
-    return torch.maximum(in_colour, in_grey)
 
 
 @dataclass(frozen=True)
@@ -104,7 +52,12 @@ class CopyDetectors:
         Args:
             references: the forget images, `(K, C, H, W)` in [0, 1].
             keep: images to keep, `(M, C, H, W)` in [0, 1].
+
+        Raises:
+            ValueError: where a set is empty.
         """
+        if len(references) == 0 or len(keep) == 0:
+            raise ValueError(f"{len(references)} images to forget and {len(keep)} to keep: both sets need an image")
         references, keep = for_detectors(references), for_detectors(keep)
         return cls(
             references=references,
@@ -112,8 +65,17 @@ class CopyDetectors:
             min_correlation=(1 + correlation(keep, references).max().item()) / 2,
         )
 
+    @property
+    def are_blind(self) -> bool:
+        """Whether they miss a forget image itself, because an image to keep looks the same: their silence means
+        nothing then."""
+        return not self.flags(self.references)["any"].all()
+
     def flags(self, samples: Tensor) -> dict[str, Tensor]:
-        """Return for each detector which samples `(N, C, H, W)` in [0, 1] are copies, `(N,)` bool; `any` joins them."""
+        """Return for each detector which samples `(N, C, H, W)` in [0, 1] are copies, `(N,)` bool; `any` joins them.
+
+        A sample that is not finite is no copy, and not forgotten either: see `metrics.broken`.
+        """
         samples = for_detectors(samples)
         flags = {
             "pixel_l2": pixel_l2(samples, self.references) < self.max_distance,
@@ -134,16 +96,28 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
     return low, high
 
 
-def copy_statistics(flags: dict[str, Tensor]) -> dict[str, float | int | dict[str, float]]:
-    """Return the copy entries of `evaluation.json`, from `CopyDetectors.flags`."""
-    copies, samples = int(flags["any"].sum()), len(flags["any"])
-    low, high = wilson_interval(copies, samples)
+def copy_statistics(flags: dict[str, Tensor], broken: Tensor | None = None) -> dict[str, Any]:
+    """Return the copy entries of `evaluation.json`. Without a sample that can be judged, the share of copies is None.
+
+    Args:
+        flags: of `CopyDetectors.flags`.
+        broken: which samples are no pictures, `(N,)` bool, from `metrics.broken`; they are counted by themselves.
+    """
+    is_copy, samples = flags["any"], len(flags["any"])
+    broken = torch.zeros(samples, dtype=torch.bool) if broken is None else broken & ~is_copy
+    copies, judged = int(is_copy.sum()), int((~broken).sum())
+    low, high = wilson_interval(copies, judged)
+
+    def share(flag: Tensor) -> float | None:
+        return flag[~broken].float().mean().item() if judged else None
+
     return {
         "samples": samples,
-        "copy_share": copies / samples,
+        "broken_share": broken.float().mean().item() if samples else None,
+        "copy_share": copies / judged if judged else None,
         "copy_share_low": low,
         "copy_share_high": high,
-        "copy_share_by_detector": {name: flag.float().mean().item() for name, flag in flags.items() if name != "any"},
+        "copy_share_by_detector": {name: share(flag) for name, flag in flags.items() if name != "any"},
     }
 
 
@@ -152,7 +126,10 @@ def _samples(model: "MeasuredModel") -> dict[str, int]:
 
 
 def _copy_share(model: "MeasuredModel") -> dict[str, Any]:
-    return copy_statistics(model.flags)
+    statistics = model.count_copies(model.samples)
+    if statistics["copy_share"] is None:
+        raise Skip(ALL_BROKEN)
+    return statistics
 
 
 def _others(model: "MeasuredModel") -> dict[str, int]:
@@ -168,7 +145,10 @@ def _others_distance_to_keep(model: "MeasuredModel") -> dict[str, float]:
 def _ordinary_copy_share(model: "MeasuredModel") -> dict[str, float]:
     if not model.family.has_prompts:
         raise Skip(NO_PROMPTS)
-    return {"ordinary_copy_share": model.ordinary_copies.float().mean().item()}
+    share = model.count_copies(model.ordinary_samples)["copy_share"]
+    if share is None:
+        raise Skip(ALL_BROKEN)
+    return {"ordinary_copy_share": share}
 
 
 SAMPLES = Metric(

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 def drift(before: Tensor, after: Tensor) -> float:
     """Return the median distance of two samples of one seed, relative to the contrast of the first.
 
-    It is 0 for the same pictures and about sqrt(2) for unrelated ones.
+    It is 0 for the same pictures and about sqrt(2) for unrelated ones. A picture that is not finite is infinitely far.
 
     Args:
         before, after: `(N, C, H, W)` in [0, 1], N at least 1.
     """
     contrast = (before - before.mean(dim=(2, 3), keepdim=True)).flatten(1).norm(dim=1)
-    return ((after - before).flatten(1).norm(dim=1) / contrast.clamp(min=1e-6)).median().item()
+    distances = (after - before).flatten(1).norm(dim=1) / contrast.clamp(min=1e-6)
+    return distances.nan_to_num(nan=float("inf")).median().item()
 
 
 def _drift(model: "MeasuredModel") -> dict[str, float]:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.metrics.base import Metric, Skip
+from siss_diffusers.metrics.base import ALL_BROKEN, Metric, Skip
+from siss_diffusers.metrics.broken import finite
 
 
 if TYPE_CHECKING:
@@ -107,7 +108,10 @@ def copy_similarity(samples: Tensor, references: Tensor) -> Tensor:
 
 
 def _sscd_forget(model: "MeasuredModel") -> dict[str, float]:
-    similarity = model.detectors.similarity(model.samples)
+    measured = model.samples[finite(model.samples)]
+    if len(measured) == 0:
+        raise Skip(ALL_BROKEN)
+    similarity = model.detectors.similarity(measured)
     if similarity is None:
         raise Skip("needs --copy_detector, a TorchScript file such as SSCD's")
     return {"sscd_forget": similarity.mean().item()}

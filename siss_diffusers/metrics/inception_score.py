@@ -33,7 +33,7 @@ def _inception_score(model: "MeasuredModel") -> dict[str, float]:
         raise Skip("needs --classifier, a TorchScript file")
     others = model.ordinary_others
     if len(others) == 0:
-        raise Skip("too few samples that are no copies")
+        raise Skip("too few samples that are no copies, and finite")
     probabilities = model.networks.class_probabilities(others)
     score, spread = inception_score(probabilities, splits=min(MAX_SPLITS, len(others)))
     return {"inception_score": score, "inception_score_std": spread}

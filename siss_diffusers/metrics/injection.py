@@ -1,6 +1,7 @@
 """Denoised injections (Alberti et al., arXiv 2503.01034): what a model makes of a half-noised forget image."""
 
 from collections.abc import Callable, Sequence
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 
 from siss_diffusers.metrics.base import Probe
-from siss_diffusers.metrics.copies import correlation, for_detectors
+from siss_diffusers.metrics.broken import broken
 from siss_diffusers.metrics.likelihood import noise_prediction
 from siss_diffusers.noising import GaussianPath
+from siss_diffusers.similarity import correlation, for_detectors
 
 
 if TYPE_CHECKING:
@@ -101,7 +103,8 @@ def _similarity(model: "MeasuredModel", number: int) -> dict[str, list[float]]:
             seed=settings.seed,
         )
         similarity[str(int(path.model_timesteps[index]))] = [
-            correlation(picture[None], reference[None]).item()
+            # A picture that is not there resembles nothing, which must not pass for forgetting.
+            nan if broken(picture[None]).item() else correlation(picture[None], reference[None]).item()
             for draw in denoised
             for picture, reference in zip(for_detectors(model.decode(draw)), references)
         ]

@@ -13,6 +13,8 @@ from siss_diffusers.noising import GaussianPath
 if TYPE_CHECKING:
     from siss_diffusers.evaluation.model import MeasuredModel
 
+NOT_IN_ONE_BATCH = "this pipeline does not predict with and without the prompt in one batch"
+
 
 class TextNoiseNorms:
     """Records `||eps(x_t, c) - eps(x_t, empty)||_2` while a pipeline samples under classifier-free guidance.
@@ -26,7 +28,8 @@ class TextNoiseNorms:
     batches of several passes are put side by side.
 
     Args:
-        unet: the network that is called, with the noisy batch and the timestep as its first arguments.
+        unet: the network that is called, with the noisy batch and the timestep as its first arguments, or by keywords:
+            `sample` or `hidden_states`, and `timestep`.
         path: the noise levels; they turn a difference of other predictions, such as v, into one of noise.
     """
 
@@ -36,16 +39,19 @@ class TextNoiseNorms:
         self.first_timestep = -1.0
 
     def __enter__(self) -> "TextNoiseNorms":
-        self.handle = self.unet.register_forward_hook(self._record)
+        self.handle = self.unet.register_forward_hook(self._record, with_kwargs=True)
         return self
 
     def __exit__(self, *_) -> None:
         self.handle.remove()
 
-    def _record(self, unet: torch.nn.Module, args: tuple, output) -> None:
-        if len(args) < 2:
+    def _record(self, unet: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output) -> None:
+        # A UNet calls the batch `sample`, a transformer `hidden_states`.
+        noisy = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+        if noisy is None or timestep is None:
             return
-        noisy, timestep = args[0].float(), float(args[1])
+        noisy, timestep = noisy.float(), float(torch.as_tensor(timestep).flatten()[0])  # equal for all rows
         if len(noisy) % 2 or not torch.equal(*noisy.chunk(2)):
             return
         prediction = output[0].detach().float()  # of a tuple or of a `UNet2DConditionOutput`
@@ -88,7 +94,7 @@ def _text_noise_norm(model: "MeasuredModel") -> dict[str, Any]:
         raise Skip("without guidance (--guidance_scale above 1) there is none")
     per_step = model.noise_norms
     if per_step is None:
-        raise Skip("this pipeline does not predict with and without the prompt in one batch")
+        raise Skip(NOT_IN_ONE_BATCH)
     return {"text_noise_norm": per_step.mean().item(), "text_noise_norm_by_step": per_step.mean(1).tolist()}
 
 

@@ -18,7 +18,8 @@ def frame_copies(samples: Tensor, copies: Sequence[bool], columns: int, scale: i
         copies: which of them are copies.
         scale: side of a sample's pixel in pixels of the grid.
     """
-    samples = samples.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    # What is no number is black.
+    samples = samples.nan_to_num(0, 0, 0).expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     tiles = F.pad((samples * 255).round().byte(), (2, 2, 2, 2), value=40)
     red = torch.tensor([230, 40, 40], dtype=torch.uint8).reshape(3, 1)
     for tile, is_copy in zip(tiles, copies):

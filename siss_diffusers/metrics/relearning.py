@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siss_diffusers.metrics.base import Probe, Skip
-from siss_diffusers.metrics.copies import copy_statistics, for_detectors, pixel_l2
 from siss_diffusers.noising import GaussianPath
+from siss_diffusers.similarity import for_detectors, pixel_l2
 
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _relearning(model: "MeasuredModel") -> dict[str, Any]:
 
     def look(step: int) -> None:
         samples, _ = model.sample(data.prompts, settings.num_relearning_samples)
-        points.append({"step": step} | copy_statistics(model.detectors.flags(samples)))
+        points.append({"step": step} | model.count_copies(samples))
 
     fine_tune(
         model.network,

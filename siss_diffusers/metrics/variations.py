@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from siss_diffusers.metrics.base import NO_PROMPTS, Probe, Skip
-from siss_diffusers.metrics.copies import copy_statistics
 
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ def _paraphrases(model: "MeasuredModel") -> dict[str, Any]:
     rows = []
     for number, paraphrase in enumerate(settings.paraphrases):
         samples, _ = model.sample([paraphrase], settings.num_relearning_samples)
-        rows.append({"prompt_number": number} | copy_statistics(model.detectors.flags(samples)))
+        rows.append({"prompt_number": number} | model.count_copies(samples))
     return {"paraphrases": rows}
 
 
@@ -32,7 +31,7 @@ def _prompt_noise(model: "MeasuredModel") -> dict[str, Any]:
     rows = []
     for noise in settings.prompt_noise:
         samples, _ = model.sample(model.data.prompts, settings.num_relearning_samples, noise=noise)
-        rows.append({"noise": noise} | copy_statistics(model.detectors.flags(samples)))
+        rows.append({"noise": noise} | model.count_copies(samples))
     return {"prompt_noise": rows}
 
 

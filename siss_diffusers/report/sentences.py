@@ -11,6 +11,7 @@ from siss_diffusers.report.values import (
     Entries,
     as_mapping,
     as_number,
+    as_rows,
     interval_of,
     interval_phrase,
     model_phrase,
@@ -35,7 +36,7 @@ ATTACKS = {
 
 NO_REASON = "no reason is recorded"
 NOT_FINITE = "the recorded value is not a finite number"
-NONE_LEFT = "every sample is a copy, so no other sample is left to measure"
+NONE_LEFT = "every sample is a copy or not finite, so no other sample is left to measure"
 NO_ENTRY = "not part of this evaluation"
 
 
@@ -76,18 +77,35 @@ def list_claims(models: Mapping[str, Entries], skipped: Entries) -> list[Claim]:
 
 def copies_sentence(name: str, figures: Entries, skipped: Entries) -> str:
     """Say how many samples of a model are copies."""
-    phrase = model_phrase(name)
+    phrase, broken = model_phrase(name), broken_sentence(name, figures)
     share, samples = as_number(figures.get("copy_share")), as_number(figures.get("samples"))
     if share is None:
         reason = recorded_reason("copy_share", skipped) or NO_REASON
-        return f"The report cannot say how many samples of {phrase} are copies: {reason}."
+        return f"{broken}The report cannot say how many samples of {phrase} are copies: {reason}."
     interval = interval_phrase(figures)
     if not samples:
         count = f"{percent(share)} of the samples of {phrase} are copies"
-        return f"{count} ({interval}); the number of samples is not recorded."
-    copies = round(share * samples)
+        return f"{broken}{count} ({interval}); the number of samples is not recorded."
+    judged = round(samples * (1 - (as_number(figures.get("broken_share")) or 0)))
+    copies = round(share * judged)
     verb = "is a copy" if copies == 1 else "are copies"
-    return f"{copies} of {samples:.0f} samples of {phrase} {verb}: {percent(share)} ({interval})."
+    which = "other samples" if broken else "samples"
+    return f"{broken}{copies} of {judged} {which} of {phrase} {verb}: {percent(share)} ({interval})."
+
+
+def broken_sentence(name: str, figures: Entries) -> str:
+    """Say first how many samples of a model are no pictures, with a space behind; empty where there are none."""
+    shares = {
+        "samples": as_number(figures.get("broken_share")),
+        "samples of ordinary prompts": as_number(figures.get("ordinary_broken_share")),
+    }
+    parts = [f"{percent(share)} of the {what}" for what, share in shares.items() if share]
+    if not parts:
+        return ""
+    return (
+        f"{' and '.join(parts)} of {model_phrase(name)} are broken: not finite, of one colour, or black. They do not"
+        " show that anything is forgotten. "
+    )
 
 
 def compare_with_base(figures: Entries, base: Entries) -> str:
@@ -120,8 +138,27 @@ def attempts_sentence(figures: Entries) -> str:
 
 def list_caveats(models: Mapping[str, Entries], settings: Entries) -> list[str]:
     """Return what weakens the verdict on the given models, a sentence or two each."""
-    caveats = [zero_copies(models), unknown_rest(models), missed_copies(settings), flagged_keep(settings)]
+    caveats = [
+        broken_attempts(models),
+        zero_copies(models),
+        unknown_rest(models),
+        missed_copies(settings),
+        flagged_keep(settings),
+    ]
     return [caveat for caveat in caveats if caveat]
+
+
+def broken_attempts(models: Mapping[str, Entries]) -> str:
+    """Name the attempts to bring the images back in which samples were no pictures."""
+    parts = []
+    for name, figures in models.items():
+        for test, (attack, _, _) in ATTACKS.items():
+            shares = [as_number(row.get("broken_share")) or 0 for row in as_rows(figures.get(test))]
+            if max(shares, default=0) > 0:
+                parts.append(f"{attack}, {model_phrase(name)}: up to {percent(max(shares))}")
+    if not parts:
+        return ""
+    return f"Samples were broken and say nothing of copies ({'; '.join(parts)} of the samples)."
 
 
 def zero_copies(models: Mapping[str, Entries]) -> str:

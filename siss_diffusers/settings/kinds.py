@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.parsing import non_negative_float, positive_float, positive_int, unit_float
+from siss_diffusers.parsing import non_negative_float, path, positive_float, positive_int, unit_float
 from siss_diffusers.settings.fields import setting, switch
 from siss_diffusers.settings.shared import INTERPOLATIONS, VALIDATION, AdapterSettings, Settings
 
@@ -19,8 +19,9 @@ class UnconditionalSettings(Settings):
 
     # fmt: off
     pretrained_model_name_or_path: str = setting("", "A pipeline with a UNet2DModel: a folder, or a name on the Hub such"
-        " as google/ddpm-celebahq-256.")
-    output_dir: str = setting("siss-ddpm", "Where the result and the checkpoints are written.", resume="free")
+        " as google/ddpm-celebahq-256.", parse=path)
+    output_dir: str = setting("siss-ddpm", "Where the result and the checkpoints are written.", resume="free",
+        parse=path)
     learning_rate: float | None = setting(None, "Of AdamW; default: 5e-6.", parse=non_negative_float, public=True)
     max_train_steps: int | None = setting(None, "Optimizer steps; default: 60.", parse=positive_int, resume="length",
         public=True)
@@ -72,8 +73,9 @@ class TextToImageSettings(Settings):
 
     # fmt: off
     pretrained_model_name_or_path: str = setting("", "A Stable Diffusion 1.x or 2.x pipeline: a folder, or a name on the"
-        " Hub such as CompVis/stable-diffusion-v1-4.")
-    output_dir: str = setting("siss-sd", "Where the result and the checkpoints are written.", resume="free")
+        " Hub such as CompVis/stable-diffusion-v1-4.", parse=path)
+    output_dir: str = setting("siss-sd", "Where the result and the checkpoints are written.", resume="free",
+        parse=path)
     non_ema_revision: str | None = setting(None, "Revision of the network that is trained.")
     caption_column: str = setting("text", "The column of the prompts.", resume="free")
     image_interpolation_mode: str = setting("lanczos", "How images are resized.", choices=INTERPOLATIONS)

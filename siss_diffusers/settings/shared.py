@@ -11,6 +11,7 @@ from siss_diffusers.methods import METHODS
 from siss_diffusers.parsing import (
     natural_number,
     non_negative_float,
+    path,
     positive_float,
     positive_int,
     quantile_or_off,
@@ -44,20 +45,20 @@ class Settings:
     non_ema_revision = None
 
     # fmt: off
-    pretrained_model_name_or_path: str = setting("", "The pipeline: a folder, or a name on the Hub.")
+    pretrained_model_name_or_path: str = setting("", "The pipeline: a folder, or a name on the Hub.", parse=path)
     revision: str | None = setting(None, "Revision of the model on the Hub.")
     variant: str | None = setting(None, "Variant of the model's files, such as fp16.")
     dataset_name: str | None = setting(None, "The training set: a name on the Hub, or a local folder that"
-        " `datasets.load_dataset` understands.", resume="free")
+        " `datasets.load_dataset` understands.", resume="free", parse=path)
     dataset_config_name: str | None = setting(None, "The configuration of the data set.", resume="free")
     train_data_dir: str | None = setting(None, "The training set as a folder of images, with or without a"
-        " metadata.jsonl; or use --dataset_name.", resume="free")
+        " metadata.jsonl; or use --dataset_name.", resume="free", parse=path)
     image_column: str = setting("image", "The column of the images.", resume="free")
     max_train_samples: int | None = setting(None, "Use so many images of the keep set, at random.",
         parse=positive_int, public=True)
-    output_dir: str = setting("siss", "Where the result and the checkpoints are written.", resume="free")
+    output_dir: str = setting("siss", "Where the result and the checkpoints are written.", resume="free", parse=path)
     overwrite_output_dir: bool = switch("Replace what an earlier run left in --output_dir.", resume="free", public=True)
-    cache_dir: str | None = setting(None, "Where downloaded models and data sets are kept.", resume="free")
+    cache_dir: str | None = setting(None, "Where downloaded models and data sets are kept.", resume="free", parse=path)
     seed: int = setting(0, "Seed of every draw.", parse=seed_number, public=True)
     resolution: int | None = setting(None, "Images are resized to this; default: the model's own.",
         parse=positive_int, public=True)
@@ -99,7 +100,7 @@ class Settings:
     hub_private_repo: bool = switch("Make the repository private.", resume="free", public=True)
     report_to: str = setting("tensorboard", "Where metrics are logged, beside train_log.jsonl.",
         choices=("tensorboard", "wandb", "none"), aliases=("logger",), resume="free")
-    logging_dir: str = setting("logs", "Folder within --output_dir for the tracker.", resume="free")
+    logging_dir: str = setting("logs", "Folder within --output_dir for the tracker.", resume="free", parse=path)
     tracker_project_name: str = setting("siss", "Name of the project for the tracker.", resume="free")
     mixed_precision: str | None = setting(None, "Default: what `accelerate launch` or its configuration says.",
         choices=("no", "fp16", "bf16"), public=True)
@@ -110,7 +111,8 @@ class Settings:
         resume="free", public=True)
     checkpoints_total_limit: int | None = setting(None, "How many checkpoints are kept.", parse=positive_int,
         resume="free", public=True)
-    resume_from_checkpoint: str | None = setting(None, "A checkpoint of --output_dir, or `latest`.", resume="free")
+    resume_from_checkpoint: str | None = setting(None, "A checkpoint of --output_dir, or `latest`.", resume="free",
+        parse=path)
     allow_changes: bool = switch("Resume with other settings or data than the checkpoint was made with.",
         resume="free", public=True)
     enable_xformers_memory_efficient_attention: bool = switch("Use xformers' attention.", resume="free", public=True)
@@ -133,13 +135,16 @@ class Settings:
         " noise level; or `off`.", parse=quantile_or_off, nargs="?", const=DEFAULT_QUANTILE, metavar="QUANTILE",
         group=UNLEARNING, resume="fixed", public=True)
     forget_data_dir: str | None = setting(None, "A folder of images to forget; copies of them are not kept.",
-        group=UNLEARNING, resume="free")
+        group=UNLEARNING, resume="free", parse=path)
     forget_files: Any = setting(None, "Files within --train_data_dir to forget.", nargs="+", group=UNLEARNING,
-        resume="free")
+        resume="free", parse=path)
     forget_column: str | None = setting(None, "A column of the data set that says what to forget. A boolean column"
         " `forget` is used without asking.", group=UNLEARNING, resume="free")
     forget_value: str | None = setting(None, "Forget the rows with this value in --forget_column.", group=UNLEARNING,
         resume="free")
+    drop_near_duplicates: bool = setting(True, "Leave near copies of forget images out of the keep set, too: encoded again,"
+        " resized, cropped a little, brightened or mirrored. --no-drop_near_duplicates leaves out exact duplicates only.",
+        group=UNLEARNING, resume="free", public=True)
     timestep_range: Any = setting(None, "Train on timesteps LO <= t < HI only; all by default.", parse=natural_number,
         nargs=2, metavar=("LO", "HI"), group=UNLEARNING)
     forget_timestep_ranges: Any = setting(None, "Forget at timesteps LO <= t < HI only, while the images to keep are"
@@ -208,6 +213,8 @@ class Settings:
         unknown = [name for name in values if name not in known]
         if unknown:
             raise UsageError(f"there is no setting {unknown[0]!r} for this model; the settings are {', '.join(known)}")
+        if isinstance(values.get("method_args"), dict):
+            values = values | {"method_args": [f"{key}={value}" for key, value in values["method_args"].items()]}
         return cls(**{name: check_value(known[name], value) for name, value in values.items()})
 
     def replace(self, **values: Any) -> "Settings":

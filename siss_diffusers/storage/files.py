@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
+# The adapter of a run, under the name that every `save_lora_weights` of diffusers uses.
+LORA_FILE = "pytorch_lora_weights.safetensors"
 CHUNK = 2**22
 
 

@@ -1,12 +1,12 @@
 """Models and optimizer states sharded by FSDP 2: each rank reads its own rows, and no rank ever holds the whole."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -91,31 +91,6 @@ def save_model(model: ModelMixin, folder: Path | None) -> None:
         write_tensors(folder, WEIGHTS, model.state_dict())
     elif folder is not None:
         model.save_pretrained(folder)
-
-
-def save_pipeline(
-    make_pipeline: Callable[[ModelMixin], DiffusionPipeline],
-    network: ModelMixin,
-    folder: Path | None,
-    network_name: str,
-) -> None:
-    """Save the pipeline around a network that may be sharded; `folder` as in `save_model`.
-
-    Args:
-        make_pipeline: from a network to its pipeline; called where there is a folder.
-        network_name: the component that the network is.
-    """
-    if not is_sharded(network):
-        if folder is not None:
-            make_pipeline(network).save_pretrained(folder)
-        return
-    if folder is not None:
-        pipeline = make_pipeline(skeleton(network))
-        for name, component in pipeline.components.items():
-            if name != network_name and component is not None:
-                component.save_pretrained(folder / name)
-        pipeline.save_config(folder)
-    save_model(network, None if folder is None else folder / network_name)
 
 
 def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

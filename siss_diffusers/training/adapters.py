@@ -12,11 +12,9 @@ from torch import nn
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.settings import AdapterSettings
+from siss_diffusers.storage.files import LORA_FILE
 from siss_diffusers.storage.sharding import gathered, load_into
 from siss_diffusers.storage.tensors import open_tensors
-
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def check_target_modules(network: nn.Module, target_modules: Sequence[str], default: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from siss_diffusers.distributed import check_launch
 from siss_diffusers.errors import UsageError
 from siss_diffusers.gradients import PairedGradients, StepStats
 from siss_diffusers.settings import Settings
@@ -38,7 +39,8 @@ def make_accelerator(settings: Settings, output_dir: Path) -> Accelerator:
     """Make the accelerator of a run.
 
     Raises:
-        UsageError: under an engine that is not supported, or a setting that the engine does not support.
+        UsageError: under an engine that is not supported, or a setting that the engine does not support, or where the
+            processes of the launch do not know of each other.
     """
     accelerator = Accelerator(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -52,6 +54,7 @@ def make_accelerator(settings: Settings, output_dir: Path) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
+    check_launch(accelerator.num_processes)
     check_engine(settings, accelerator)
     if settings.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -194,11 +197,3 @@ def make_optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> to
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,
     )
-
-
-def start_trackers(settings: Settings, accelerator: Accelerator) -> None:
-    """Start the tracker, which is told what may be published."""
-    if settings.report_to != "none":
-        # Without its metadata: wandb would record the command line, and with it the names of forget files.
-        init_kwargs = {"wandb": {"settings": {"x_disable_meta": True}}}
-        accelerator.init_trackers(settings.tracker_project_name, config=settings.public(), init_kwargs=init_kwargs)

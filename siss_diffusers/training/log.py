@@ -12,6 +12,7 @@ from siss_diffusers.gradients.stats import StepStats
 from siss_diffusers.settings import Settings
 from siss_diffusers.storage.files import append_json_line, truncate_json_lines
 from siss_diffusers.training.state import Progress
+from siss_diffusers.training.trackers import Trackers
 
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,15 @@ class StepLog:
         progress: changed in place.
     """
 
-    def __init__(self, settings: Settings, accelerator: Accelerator, output_dir: Path, progress: Progress) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: Settings,
+        accelerator: Accelerator,
+        output_dir: Path,
+        progress: Progress,
+        trackers: Trackers,
+    ) -> None:
+        self.settings, self.trackers = settings, trackers
         self.accelerator = accelerator
         self.progress = progress
         self.path = output_dir / "train_log.jsonl"
@@ -107,7 +115,7 @@ class StepLog:
         known = {name: value for name, value in figures.items() if value is not None}
         self.progress_bar.update(1)
         self.progress_bar.set_postfix({name: f"{value:.3g}" for name, value in known.items()})
-        self.accelerator.log(known, step=progress.global_step)
+        self.trackers.log(known, step=progress.global_step)
         if self.accelerator.is_main_process:
             append_json_line(self.path, {"step": progress.global_step, **figures, "step_seconds": seconds})
 

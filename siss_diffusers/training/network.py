@@ -16,8 +16,9 @@ from siss_diffusers.families import Conditions, Family, PipelineSource
 from siss_diffusers.gradients import PairedGradients, StepStats
 from siss_diffusers.gradients.buffers import local
 from siss_diffusers.settings import Settings
-from siss_diffusers.storage.sharding import is_sharded, load_model, reshard, save_model, save_pipeline
-from siss_diffusers.training.adapters import LORA_FILE, add_lora, load_lora, save_lora
+from siss_diffusers.storage.files import LORA_FILE
+from siss_diffusers.storage.sharding import is_sharded, load_model, reshard, save_model
+from siss_diffusers.training.adapters import add_lora, load_lora, save_lora
 from siss_diffusers.training.engines import callable_network, make_optimizer, take_step
 
 
@@ -141,7 +142,11 @@ class TrainedNetwork:
             if self.settings.adapter is not None:
                 save_lora(self.module, folder, type(self.pipeline), self.family.network_name)
             else:
-                save_pipeline(self.finished_pipeline, self.module, folder, self.family.network_name)
+                save_model(self.module, None if folder is None else folder / self.family.network_name)
+        if folder is not None and self.settings.adapter is None:
+            self.source.save_rest(self.family, self.pipeline, folder)
+            if self.settings.scheduler_overrides:
+                self.pipeline.scheduler.save_pretrained(folder / "scheduler")
 
     def load_weights(self, checkpoint: Path) -> None:
         """Load what `save_weights` saved."""
@@ -149,13 +154,6 @@ class TrainedNetwork:
             load_model(self.module, checkpoint / self.family.network_name)
         else:
             load_lora(self.module, checkpoint, self.family.network_name)
-
-    def finished_pipeline(self, network: Any) -> Any:
-        """Return the whole pipeline around a network."""
-        pipeline = self.source.load_with_network(self.family, network)
-        if self.settings.scheduler_overrides:
-            pipeline.register_modules(scheduler=self.pipeline.scheduler)
-        return pipeline
 
     def hand_back(self) -> Any:
         """Return the pipeline with what was trained in it, as `save_result` saves it, ready to draw."""

@@ -6,10 +6,18 @@ from pathlib import Path
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.settings import Settings
+from siss_diffusers.training.near_duplicates import NEAR_DUPLICATES
 
 
 # What a run leaves in its output directory; `--overwrite_output_dir` removes these and nothing else.
-RUN_FILES = ("unlearning.json", "train_log.jsonl", "validation_log.jsonl", "receipt.json", "README.md")
+RUN_FILES = (
+    "unlearning.json",
+    "train_log.jsonl",
+    "validation_log.jsonl",
+    "receipt.json",
+    NEAR_DUPLICATES,
+    "README.md",
+)
 RUN_FOLDERS = ("logs",)
 
 

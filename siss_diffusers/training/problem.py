@@ -101,6 +101,11 @@ class Problem:
             settings.eval_batch_size,
         )
         self.network.reshard()
+        if self.thresholds.isnan().any():
+            raise RunError(
+                "the starting model's losses are not finite, so there is nothing to forget up to; use --mixed_precision"
+                " bf16 or no, or look at the model"
+            )
         logger.info(
             f"Measured the losses to forget up to: {NUM_BINS * DRAWS_PER_BIN} network calls,"
             f" {time.perf_counter() - started:.1f} s"

@@ -16,14 +16,14 @@ def write_receipt(path: Path, digests: Sequence[bytes]) -> None:
     file would let anyone who holds the image do so. The file is readable by its owner only.
 
     Args:
-        digests: of the decoded pixels, from `data.digest_images`.
+        digests: of the decoded pixels, from `Images.look`.
     """
     key = secrets.token_bytes(32)
     write_json(
         path,
         {
             "never_publish": "whoever holds this file and an image can tell whether it was forgotten",
-            "algorithm": "HMAC-SHA256 of the BLAKE2b-128 digest of the RGB pixels",
+            "algorithm": "HMAC-SHA256 of the BLAKE2b-128 digest of the size and the 8-bit RGB pixels, upright and on white",
             "key": key.hex(),
             "forgotten": [hmac.new(key, digest, hashlib.sha256).hexdigest() for digest in digests],
         },

@@ -28,10 +28,12 @@ class DataPart:
         size: items of it, used or not.
         used: `bytes` or uint8 rows of those that the run may draw, in order; another --max_train_steps gives more or
             fewer of the same.
+        advice: what may have made them others than those of a checkpoint.
     """
 
     size: int
     used: Sequence[bytes] | np.ndarray
+    advice: str = ""
 
 
 def planned_positions(settings: Settings, num_processes: int, checkpoint: Path | None) -> int | None:
@@ -174,6 +176,9 @@ def check_resumed(settings: Settings, checkpoint: Path, run: dict, data: dict[st
     # The data as far as the checkpoint knows them: this run may be longer or shorter.
     lengths = {name: part["hashed"] for name, part in saved["data"].items()}
     differing = changes(saved, run | {"data": describe_data(data, saved["salt"], lengths)})
+    for name in differing.keys() & data.keys():
+        if data[name].advice:
+            differing[name] += f" ({data[name].advice})"
     if "seed" in differing:  # then their order is another, and that is all that can be said of them
         differing = {name: phrase for name, phrase in differing.items() if name not in ("images to keep", "prompts")}
     fixed = {flag_name(field) for field in fields(settings) if field.metadata["resume"] == "fixed"}

@@ -22,7 +22,6 @@ from siss_diffusers.training.engines import (
     make_accelerator,
     saves_checkpoints,
     set_up_logging,
-    start_trackers,
     without_sync,
 )
 from siss_diffusers.training.log import StepLog
@@ -37,6 +36,7 @@ from siss_diffusers.training.resume import (
 )
 from siss_diffusers.training.signals import StopSignal
 from siss_diffusers.training.state import Progress
+from siss_diffusers.training.trackers import Trackers
 
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class Run:
         self.progress = Progress()
         self.description: dict = {}
         self.steps_per_epoch = 1
+        self.trackers = Trackers(self.accelerator)
         self.log: StepLog | None = None
         self.stop_signal: StopSignal | None = None
 
@@ -123,8 +124,8 @@ class Run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             tidy(self.output_dir, self.checkpoint)
         self.accelerator.wait_for_everyone()
-        start_trackers(self.settings, self.accelerator)
-        self.log = StepLog(self.settings, self.accelerator, self.output_dir, self.progress)
+        self.trackers.start(self.settings)
+        self.log = StepLog(self.settings, self.accelerator, self.output_dir, self.progress, self.trackers)
         if self.is_program:
             self.stop_signal = StopSignal()
 
@@ -198,7 +199,7 @@ class Run:
             self.print(f"Stopped at checkpoint-{step}; go on with --resume_from_checkpoint latest")
         else:
             self.print(f"Stopped at step {step}, and nothing is saved: under DeepSpeed there are no checkpoints")
-        self.accelerator.end_training()
+        self.trackers.finish()
         self.stop_signal.close()
         raise Interrupted(self.stop_signal.number)
 
@@ -211,12 +212,12 @@ class Run:
         """
         if self.stop_signal is not None:
             self.stop_signal.close()
-        self.accelerator.end_training()
+        self.trackers.finish()
         if self.repo_id is None or not self.accelerator.is_main_process:
             return
         if self.stop_requested:
             print(
-                f"Saved and not pushed, for a signal came first: {push_again_command(self.output_dir, self.repo_id)}"
+                f"Saved, but not pushed, because a signal came first: {push_again_command(self.output_dir, self.repo_id)}"
             )
             raise Interrupted(self.stop_signal.number)
         logger.info(push_run(self.output_dir, self.repo_id, self.settings.hub_token))

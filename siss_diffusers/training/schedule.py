@@ -1,8 +1,37 @@
 """What changes from step to step: the timesteps of forgetting, and when its scale is measured anew."""
 
+import inspect
+from typing import Any
+
 from siss_diffusers.errors import UsageError
+from siss_diffusers.noising import GaussianPath
 from siss_diffusers.settings import Settings
 from siss_diffusers.training.state import Progress
+
+
+# The flags of `Settings.scheduler_overrides`.
+SCHEDULER_FLAGS = {
+    "prediction_type": "--prediction_type",
+    "num_train_timesteps": "--ddpm_num_steps",
+    "beta_schedule": "--ddpm_beta_schedule",
+}
+
+
+def check_noise_levels(settings: Settings, scheduler: Any, path: GaussianPath) -> None:
+    """Check that the scheduler has what the settings replace in it, and that its path has the weights they ask for.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    for name in settings.scheduler_overrides:
+        if name not in parameters:
+            raise UsageError(
+                f"{SCHEDULER_FLAGS[name]} cannot be used: the {type(scheduler).__name__} of this model has no {name};"
+                " leave it out"
+            )
+    if settings.snr_gamma is not None and path.prediction_type == "flow_prediction":
+        raise UsageError("--snr_gamma cannot be used: its weights are not defined for flow matching; leave it out")
 
 
 def timestep_ranges(settings: Settings, num_timesteps: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:

@@ -16,6 +16,7 @@ from siss_diffusers.families import Family
 from siss_diffusers.methods import Method
 from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES
 from siss_diffusers.settings import Settings
+from siss_diffusers.training.near_duplicates import NEAR_DUPLICATES
 from siss_diffusers.training.resume import DataPart
 
 
@@ -47,8 +48,13 @@ class TrainingSet:
     def parts(self) -> dict[str, DataPart]:
         """Return what identifies the data in checkpoints."""
         order = self.split.order
+        advice = ""
+        if order.near is None:
+            advice = "without --no-drop_near_duplicates near copies of forget images are left out"
+        elif order.near_copies:
+            advice = f"near copies left out now: {len(order.near_copies)}; --no-drop_near_duplicates keeps them"
         parts = {
-            "images to keep": DataPart(len(order.candidates), order.digests[order.drawn]),
+            "images to keep": DataPart(len(order.candidates), order.digests[order.drawn], advice),
             "images to forget": DataPart(len(self.split.forget), self.split.forget_digests),
         }
         if self.train_captions is not None:
@@ -85,7 +91,12 @@ def read_training_set(
         UsageError: for a set that is empty, an image that cannot be used, or a prompt that is missing.
     """
     split = split_data(
-        given, image_transform(settings, family), settings.seed, num_positions, settings.max_train_samples
+        given,
+        image_transform(settings, family),
+        settings.seed,
+        num_positions,
+        settings.max_train_samples,
+        settings.drop_near_duplicates,
     )
     order, train_captions, forget_captions, alike = split.order, None, None, None
     if family.has_prompts:
@@ -116,6 +127,11 @@ def log_counts(training_set: TrainingSet) -> None:
         f"Keep {counts['keep']}, forget {counts['forget']} images; removed {counts['duplicates_removed']} exact"
         f" duplicates of forget images from the keep set, among the {counts['checked']} images that may be used"
     )
+    if counts["near_duplicates_removed"]:
+        logger.warning(
+            f"Near copies of forget images, removed from the keep set, too: {counts['near_duplicates_removed']}; look at"
+            f" {NEAR_DUPLICATES}, and add --no-drop_near_duplicates if they are to be kept"
+        )
 
 
 def crops_are_random(settings: Settings, training_set: TrainingSet) -> bool:

@@ -3,13 +3,12 @@
 import logging
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from siss_diffusers.families import Conditions, Family, Sampling
 from siss_diffusers.gradients.stats import StepStats
+from siss_diffusers.metrics.broken import broken
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
 from siss_diffusers.settings import Settings
 from siss_diffusers.storage.files import append_json_line
@@ -43,12 +42,18 @@ class Validation:
         self.run, self.settings, self.accelerator = run, run.settings, run.accelerator
         self.family, self.pipeline, self.network, self.samples = family, pipeline, network, samples
         self.every = validation_interval(run)
-        self.detectors = None
+        self.detectors, self.are_blind = None, False
         if self.accelerator.is_main_process and (self.every or self.settings.save_images_epochs):
             split = training_set.split
             references = training_set.pictures(split.forget, range(len(split.forget)))
             keep = training_set.pictures(split.train, training_set.detector_rows)
             self.detectors = CopyDetectors.calibrated(references, keep)
+            self.are_blind = self.detectors.are_blind
+            if self.are_blind:
+                logger.warning(
+                    "Copies cannot be counted: an image to keep looks like a forget image. No validation will find"
+                    " that it is forgotten, and no sample is logged; remove that image from the images to keep"
+                )
 
     def is_due(self, stats: StepStats) -> bool:
         """Tell whether to look after this step."""
@@ -60,17 +65,22 @@ class Validation:
     def finds_no_copy(self) -> bool:
         """Count the copies among fresh samples for the forget images; return whether there is none.
 
+        What cannot be judged is never a reason to stop: with a sample that is no picture, the answer is no.
+
         Samples of --validation_prompts go to the tracker, copies blanked out.
         """
         step, rows = self.run.progress.global_step, self.samples.forget_prompt_rows
         images = self.draw(rows, self.settings.num_validation_images)
         forgotten = [False]
         if self.accelerator.is_main_process:
-            statistics = copy_statistics(self.detectors.flags(images))
+            statistics = copy_statistics(self.detectors.flags(images), broken(images))
+            if self.are_blind:
+                statistics |= {"copy_share": None, "copy_share_low": 0.0, "copy_share_high": 1.0}
             append_json_line(self.run.output_dir / "validation_log.jsonl", {"step": step, **statistics})
-            self.accelerator.log({"copy_share": statistics["copy_share"]}, step=step)
-            logger.info(f"Step {step}: {100 * statistics['copy_share']:.2f} % of the samples are copies")
-            forgotten = [statistics["copy_share"] == 0]
+            shares = {name: statistics[name] for name in ("copy_share", "broken_share")}
+            self.run.trackers.log(shares, step)
+            say(step, **shares)
+            forgotten = [statistics["copy_share"] == 0 and statistics["broken_share"] == 0]
         for index, row in enumerate(self.samples.validation_rows):
             self.log_images(f"validation_{index}", self.draw((row,), self.settings.num_validation_images))
         return broadcast_object_list(forgotten)[0]
@@ -81,10 +91,10 @@ class Validation:
 
     def log_images(self, name: str, images: Tensor | None) -> None:
         """Log a batch of samples; what must be forgotten is not logged."""
-        if not self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process or self.are_blind:
             return
         images[self.detectors.flags(images)["any"]] = 0.5
-        log_to_trackers(self.accelerator, name, images, self.run.progress.global_step)
+        self.run.trackers.log_images(name, images, self.run.progress.global_step)
 
     def draw(self, rows: tuple[int, ...], samples_of_each: int) -> Tensor | None:
         """Sample on the main process; with sharded weights on all of them, which have to take part.
@@ -105,6 +115,17 @@ class Validation:
         return images
 
 
+def say(step: int, copy_share: float | None, broken_share: float) -> None:
+    """Log what a validation found, samples that are no pictures first."""
+    if broken_share > 0:
+        logger.warning(
+            f"Step {step}: {100 * broken_share:.2f} % of the samples are broken (not finite, of one colour, or black);"
+            " they do not count as forgotten"
+        )
+    if copy_share is not None:
+        logger.info(f"Step {step}: {100 * copy_share:.2f} % of the samples are copies")
+
+
 def sampling_of(settings: Settings) -> Sampling:
     """Return how a run draws its samples."""
     return Sampling(
@@ -117,11 +138,3 @@ def validation_interval(run: Run) -> int | None:
     if run.settings.validation_epochs is not None:
         return run.settings.validation_epochs * run.steps_per_epoch
     return run.settings.validation_steps
-
-
-def log_to_trackers(accelerator: Accelerator, name: str, images: torch.Tensor, step: int) -> None:
-    """Log a batch of pictures `(N, C, H, W)` in [0, 1]."""
-    pictures = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-    for tracker in accelerator.trackers:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({name: pictures}, step=step, **layout)

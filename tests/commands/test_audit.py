@@ -11,6 +11,7 @@ from PIL import Image
 from siss_diffusers.assets.captioned import DIGIT_CAPTIONS, FLOWER_CAPTION, TEMPLE_CAPTION
 from siss_diffusers.auditing import self_similarity
 from siss_diffusers.commands.audit import compare_with_ordinary
+from siss_diffusers.metrics.noise_norm import NOT_IN_ONE_BATCH, TextNoiseNorms
 from tests.helpers.commands import run_siss, siss_error
 from tests.helpers.paths import TINY_SD
 from tests.helpers.tiny_sd import save_pipeline
@@ -74,6 +75,17 @@ def test_the_best_match_is_found_among_training_images(model, tmp_path):
     )
     (row,) = json.loads((out / "audit.json").read_text())["prompts"]
     assert row["best_match_file"] == "copy.png" and row["best_match"] > 0.99
+
+
+def test_without_a_joint_batch_there_is_no_noise_norm_and_the_reason_is_said(model, tmp_path, monkeypatch, capsys):
+    """A pipeline that calls its network once with the prompt and once without."""
+    monkeypatch.setattr(TextNoiseNorms, "_record", lambda *_: None)
+    out = tmp_path / "audit"
+    run_siss(*flags(model, out, "--prompts", "a cat", "a dog", "--ordinary_prompts", "a cat"))
+    rows = json.loads((out / "audit.json").read_text())["prompts"]
+    assert [row["noise_norm"] for row in rows] == [row["noise_norm_first"] for row in rows] == [None, None]
+    assert all(row["no_noise_norm"] == NOT_IN_ONE_BATCH and row["self_similarity"] is not None for row in rows)
+    assert capsys.readouterr().out.count(f"There is no noise norm: {NOT_IN_ONE_BATCH}.") == 1
 
 
 def test_flags_are_for_what_exceeds_every_ordinary_prompt():

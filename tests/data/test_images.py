@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from siss_diffusers.data.images import ImageTransform, to_channels
-from siss_diffusers.data.keep_order import digest_images
+from siss_diffusers.data.images import ImageTransform
+from siss_diffusers.data.keep_order import read_in_parts
 from siss_diffusers.data.latents import nearest_neighbors
+from siss_diffusers.data.viewing import to_channels
 from siss_diffusers.errors import UsageError
 from tests.helpers.image_rows import make_images
 
@@ -58,15 +59,18 @@ def test_digest_sees_pixels_not_files(tmp_path):
     other[0, 0] += 1
     images = make_images([pixels, np.repeat(pixels[..., None], 3, axis=2), other], tmp_path / "a")
     Image.fromarray(pixels).save(tmp_path / "a" / "00.png", format="BMP")
-    first, second, third = digest_images(images, range(3))
+    first, second, third = (images.digest(index) for index in range(3))
     assert first == second != third
 
 
 def test_digests_are_the_same_for_any_number_of_processes(numbered):
+    def digests(rows):
+        return [numbered.digest(row) for row in rows]
+
     parts = []
     for process_index in range(3):
-        digest_images(numbered, range(20), process_index, 3, gather=lambda part: parts.extend(part) or part)
-    assert [digest for part, _ in parts for digest in part] == digest_images(numbered, range(20))
+        read_in_parts(digests, range(20), process_index, 3, gather=lambda part: parts.extend(part) or part)
+    assert [digest for part, _ in parts for digest in part] == digests(range(20)) == read_in_parts(digests, range(20))
 
 
 def test_nearest_neighbors(numbered, tmp_path):

@@ -70,6 +70,7 @@ class TestKeepOrder:
         assert order.counts() == {
             "keep": self.SIZE - 1 - removed,
             "duplicates_removed": removed,
+            "near_duplicates_removed": 0,
             "checked": self.SIZE - 1,
         }
 

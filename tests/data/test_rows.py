@@ -91,7 +91,12 @@ class TestRowsOfAMillion:
         with memory_below(3 * 8 + 16 + 3):
             order = KeepOrder(images, np.delete(np.arange(MILLION), 777_777), set(), seed=0)
             order.walk(640)
-            assert order.counts() == {"keep": MILLION - 1, "duplicates_removed": 0, "checked": 640}
+            assert order.counts() == {
+                "keep": MILLION - 1,
+                "duplicates_removed": 0,
+                "near_duplicates_removed": 0,
+                "checked": 640,
+            }
             assert len({order[position] for position in range(640)}) == 640
 
 
@@ -108,11 +113,32 @@ def test_captions_are_strings_or_the_first_of_several(captions, expected):
         assert load_captions(images, "text").to_pylist() == expected
 
 
-@pytest.mark.parametrize("captions", [[1, 2], [[1], [2]]])
-def test_captions_of_another_type_are_none(captions):
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        ([7, 42], ["7", "42"]),
+        ([[1, 3], [2]], ["1", "2"]),
+        ([2.0, 0.5], ["2.0", "0.5"]),
+        ([True, False], ["true", "false"]),
+        ([[["a"]], [["b"], ["c"]]], ["a", "b"]),
+    ],
+)
+def test_captions_that_are_no_texts_are_as_they_are_written(captions, expected):
     images = Images(embedded([flat(0), flat(1)]).add_column("text", captions), "image", None, "--train_data_dir")
+    assert load_captions(images, "text").to_pylist() == expected
+
+
+def test_a_class_as_a_caption_is_its_name():
+    rows = embedded([flat(0), flat(1), flat(2)]).add_column("text", [1, 0, 1])
+    rows = rows.cast_column("text", datasets.ClassLabel(names=["a cat", "a dog"]))
+    images = Images(rows, "image", None, "--train_data_dir")
+    assert load_captions(images, "text").to_pylist() == ["a dog", "a cat", "a dog"]
+
+
+def test_captions_that_are_structures_are_none():
+    rows = embedded([flat(0), flat(1)]).add_column("text", [{"a": "x"}, {"a": "y"}])
     with pytest.raises(UsageError, match="2 of 2 images have no caption"):
-        load_captions(images, "text")
+        load_captions(Images(rows, "image", None, "--train_data_dir"), "text")
 
 
 def test_rows_to_forget_by_name(tmp_path):
@@ -129,20 +155,118 @@ def test_rows_to_forget_by_name(tmp_path):
         found("c/y.png")
 
 
+COLUMNS = {
+    "age": [1, 3, None],
+    "marked": [0, 1, None],
+    "share": [0.5, 0.25, 0.5],
+    "adult": [False, True, None],
+    "name": ["x", None, "Y "],
+    "word": ["Yes", "no", "TRUE"],
+    "twins": ["Ann", "ANN", "bob"],
+}
+
+
+def people() -> datasets.Dataset:
+    rows = make_rows(["a", "b", "c"])
+    for name, values in COLUMNS.items():
+        rows = rows.add_column(name, values)
+    return rows
+
+
 @pytest.mark.parametrize(
     ("column", "value", "expected"),
-    [("age", "3", [1]), ("age", "1.5", []), ("share", "0.5", [0, 2]), ("adult", "True", [1]), ("name", "None", [])],
+    [
+        *(
+            ("age", "3", [1]),
+            ("age", "3.0", [1]),
+            ("age", "1", [0]),
+            ("share", "0.5", [0, 2]),
+            ("share", ".50", [0, 2]),
+        ),
+        *(("marked", "1", [1]), ("marked", "true", [1]), ("marked", "0", [0])),
+        *(("adult", "True", [1]), ("adult", "true", [1]), ("adult", "1", [1]), ("adult", "no", [0])),
+        *(("name", "x", [0]), ("name", "X", [0]), ("name", "y", [2]), ("name", "Y ", [2])),
+        *(("word", "true", [0, 2]), ("word", "yes", [0, 2]), ("word", "no", [1])),
+        *(("twins", "Ann", [0]), ("twins", "Bob", [2])),
+    ],
 )
 def test_rows_to_forget_by_value(column, value, expected):
-    rows = make_rows(["a", "b", "c"])
-    for name, values in {
-        "age": [1, 3, None],
-        "share": [0.5, 0.25, 0.5],
-        "adult": [False, True, None],
-        "name": ["x", None, "y"],
-    }.items():
-        rows = rows.add_column(name, values)
-    assert forget_rows_of(rows, "image", forget_column=column, forget_value=value) == expected
+    assert forget_rows_of(people(), "image", forget_column=column, forget_value=value) == expected
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "type_and_example"),
+    [
+        *(
+            ("age", "1.5", "int64 and holds 1, 3"),
+            ("age", "true", "int64"),
+            ("share", "x", "double and holds 0.5, 0.25"),
+        ),
+        *(("adult", "maybe", "bool and holds False, True"), ("name", "None", "string and holds 'x', 'Y '")),
+        ("twins", "ann", "may mean 'ANN' or 'Ann'"),
+    ],
+)
+def test_a_value_of_no_row_is_refused_with_an_example(column, value, type_and_example):
+    with pytest.raises(UsageError) as refused:
+        forget_rows_of(people(), "image", forget_column=column, forget_value=value)
+    assert "--forget_value" in str(refused.value) and f"`{column}`" in str(refused.value)
+    assert type_and_example in str(refused.value)
+
+
+def test_the_number_of_one_class_and_the_name_of_another_is_refused():
+    rows = make_rows(["a", "b", "c"]).add_column("digit", [0, 1, 1])
+    rows = rows.cast_column("digit", datasets.ClassLabel(names=["1", "Two"]))
+    assert forget_rows_of(rows, "image", forget_column="digit", forget_value="two") == [1, 2]
+    assert forget_rows_of(rows, "image", forget_column="digit", forget_value="0") == [0]
+    with pytest.raises(UsageError, match=r"'1' may mean '1' \(number 0\) and 'Two' \(number 1\)"):
+        forget_rows_of(rows, "image", forget_column="digit", forget_value="1")
+
+
+@pytest.mark.parametrize("column", ["forget", "Forget", "FORGET "])
+@pytest.mark.parametrize(
+    "values",
+    [
+        *([True, False, None, True], ["true", "false", None, "True"], ["yes", "no", "", " YES"]),
+        *([1, 0, None, 1], [1.0, 0.0, None, 1.0], ["Forget", "keep", "Keep", "forget"], ["1", "0", "0", "1.0"]),
+    ],
+)
+def test_a_forget_column_as_people_write_it(column, values):
+    rows = make_rows(["a", "b", "c", "d"]).add_column(column, values)
+    assert forget_rows_of(rows, "image") == [0, 3]
+    assert forget_rows_of(rows, "image", forget_column=column) == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "type_and_example"),
+    [
+        (["true", "maybe"], "string and holds 'true', 'maybe'"),
+        *(([1, 2], "int64 and holds 1, 2"), ([0.5, 1.0], "double and holds 0.5, 1.0")),
+    ],
+)
+def test_a_forget_column_that_could_be_misread_is_refused(values, type_and_example):
+    rows = make_rows(["a", "b"]).add_column("forget", values)
+    with pytest.raises(UsageError, match=f"`forget` is of type {type_and_example}.*--forget_value VALUE"):
+        forget_rows_of(rows, "image")
+
+
+def test_classes_of_yes_and_no_are_read_by_their_names():
+    rows = make_rows(["a", "b", "c"]).add_column("forget", [0, 1, 0])
+    rows = rows.cast_column("forget", datasets.ClassLabel(names=["Yes", "No"]))
+    assert forget_rows_of(rows, "image") == [0, 2]
+
+
+def test_marks_that_another_flag_replaces_are_not_passed_over_in_silence(caplog):
+    rows = make_rows(["/f/a", "/f/b"]).add_column("forget", [True, True])
+    assert forget_rows_of(rows, "image", ["a"], train_data_dir="/f") == [0]
+    assert "`forget` marks 2 rows to forget; --forget_files takes its place" in caplog.text
+
+
+def test_a_file_to_forget_may_be_named_by_its_whole_path(tmp_path):
+    rows = make_rows([str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+    assert forget_rows_of(rows, "image", [str(tmp_path / "b.png")], train_data_dir=str(tmp_path)) == [1]
+    (tmp_path / "c.heic").write_bytes(b"")
+    with pytest.raises(UsageError, match="c.heic is in --train_data_dir and is not read"):
+        forget_rows_of(rows, "image", ["c.heic"], train_data_dir=str(tmp_path))
 
 
 def test_rows_to_forget_by_a_list_are_refused():

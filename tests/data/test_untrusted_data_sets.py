@@ -92,7 +92,7 @@ class TestDataSets:
     def test_an_archive(self, folder):
         with zipfile.ZipFile(folder / "more.zip", "w") as archive:
             archive.write(folder / "a.png", "c.png")
-        assert "more.zip lies in an archive; unpack it" in refusal(load, folder)
+        assert "more.zip lies in the folder and is an archive; unpack it" in refusal(load, folder)
 
     def test_links_may_lead_anywhere(self, folder, tmp_path):
         (folder / "c.png").symlink_to(tmp_path / "outside.png")

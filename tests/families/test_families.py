@@ -1,8 +1,15 @@
-"""What the loop may ask of a family, on tiny pipelines of random weights."""
+"""What the loop may ask of a family, on tiny pipelines of random weights.
+
+A new family is one line in `BUILDERS`. `tests/families/test_<name>.py` has what only that family does.
+"""
+
+import inspect
+import pickle
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler
+from torch import Tensor
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families import (
@@ -16,86 +23,182 @@ from siss_diffusers.families import (
     find_family,
 )
 from siss_diffusers.families.prompts import Prompts
-from tests.helpers.paths import TINY_MODEL
+from siss_diffusers.families.stable_diffusion import EMBEDDING_BATCH
+from tests.helpers import tiny_ddpm, tiny_sd
+
+
+# Each builds a tiny pipeline. The scheduler is the one that the pipeline is sampled with, or one with `alphas_cumprod`.
+BUILDERS = {
+    Unconditional: tiny_ddpm.build_pipeline,
+    StableDiffusion: tiny_sd.build_pipeline,
+}
+PROMPTS = ["a photograph", ""]
+
+
+@pytest.fixture(scope="module", params=BUILDERS, ids=lambda family: family.__name__)
+def folder(request, tmp_path_factory):
+    """The saved pipeline."""
+    folder = tmp_path_factory.mktemp("tiny")
+    BUILDERS[request.param]().save_pretrained(folder)
+    return request.param, folder
 
 
 @pytest.fixture
-def stable_diffusion(pipeline_folder):
-    source = NamedPipeline(str(pipeline_folder))
-    family = find_family(source).from_source(source)
+def loaded(folder):
+    """The family, and the pipeline, loaded as in training."""
+    family_class, path = folder
+    source = NamedPipeline(str(path))
+    family = family_class.from_source(source)
     pipeline = source.load_without_network(family)
-    assert pipeline.unet is None
+    assert family.network(pipeline) is None
     source.load_network(family, pipeline)
+    family.network(pipeline).eval()
     return family, pipeline
 
 
-def test_a_pipeline_is_of_one_family(pipeline_folder):
-    for folder, expected in ((TINY_MODEL, Unconditional), (pipeline_folder, StableDiffusion)):
-        source = NamedPipeline(str(folder))
-        assert [family for family in FAMILIES if family.fits(source.pipeline_config)] == [expected]
-        with pytest.raises(UsageError, match="not supported here; use "):
-            find_family(source, with_prompts=not expected.has_prompts)
+@pytest.fixture
+def prompted(loaded):
+    """As `loaded`, of the families with prompts."""
+    if not loaded[0].has_prompts:
+        pytest.skip("it has no prompts")
+    return loaded
 
 
-@pytest.mark.parametrize("pipeline_class", [DDPMPipeline, StableDiffusionPipeline])
-def test_a_pipeline_in_memory_reads_as_the_one_on_the_disk(pipeline_class, pipeline_folder):
-    folder = TINY_MODEL if pipeline_class is DDPMPipeline else pipeline_folder
-    named, loaded = NamedPipeline(str(folder)), LoadedPipeline(pipeline_class.from_pretrained(folder))
-    assert find_family(named).from_source(named) == find_family(loaded).from_source(loaded)
-    assert [name for name, _ in named.network_skeleton(find_family(named)(1, 8)).named_modules()] == [
-        name for name, _ in loaded.network_skeleton(find_family(loaded)(1, 8)).named_modules()
-    ]
+def conditions_of(family, pipeline, count: int) -> tuple[Conditions, Conditions | None]:
+    """Return so many rows of the first prompt, and those of no prompt."""
+    if not family.has_prompts:
+        return Conditions({}, count), None
+    table = family.embed(pipeline, PROMPTS)
+    return table[[0] * count], table[[1]]
 
 
-def test_prompts_of_the_same_tokens_are_one_condition(stable_diffusion):
-    prompts = Prompts(*stable_diffusion)
+def encoded(pipeline, prompts: list[str]) -> list[Tensor]:
+    """Return the tensors of the pipeline's own `encode_prompt`."""
+    values = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    values = {
+        name: values.get(name)
+        for name, parameter in inspect.signature(pipeline.encode_prompt).parameters.items()
+        if name in values or (name != "prompt" and parameter.default is parameter.empty)
+    }
+    with torch.no_grad():
+        return [value for value in pipeline.encode_prompt(prompts, **values) if isinstance(value, Tensor)]
+
+
+def test_every_family_is_here():
+    assert set(BUILDERS) == set(FAMILIES)
+
+
+def test_a_pipeline_is_of_one_family(folder):
+    expected, path = folder
+    source = NamedPipeline(str(path))
+    assert [family for family in FAMILIES if family.fits(source.pipeline_config)] == [expected]
+    with pytest.raises(UsageError, match="not supported here; use "):
+        find_family(source, with_prompts=not expected.has_prompts)
+
+
+def test_a_pipeline_in_memory_reads_as_the_one_on_the_disk(folder):
+    family_class, path = folder
+    named, in_memory = NamedPipeline(str(path)), LoadedPipeline(BUILDERS[family_class]())
+    family = family_class.from_source(named)
+    assert find_family(in_memory).from_source(in_memory) == family
+    names = [[name for name, _ in source.network_skeleton(family).named_modules()] for source in (named, in_memory)]
+    assert names[0] == names[1]
+
+
+def test_prompts_of_the_same_tokens_are_one_condition(prompted):
+    prompts = Prompts(*prompted)
     assert prompts.number(["a photograph", "A  Photograph", "another", "a photograph"]) == [0, 0, 1, 0]
     assert prompts.number([]) == [] and prompts.number(["another"]) == [1]
     table, row_of = prompts.embed([1, 1, 0])
     assert len(table) == 2 and row_of == {0: 0, 1: 1}
     assert prompts.truncated == 0
-    prompts.number(["long " * 100])
+    prompts.number(["long " * prompted[0].max_prompt_tokens(prompted[1])])
     assert prompts.truncated == 1
 
 
-def test_a_prompt_is_what_the_pipeline_makes_of_it(stable_diffusion):
-    family, pipeline = stable_diffusion
-    table = family.embed(pipeline, ["a photograph", ""])
-    whole, _ = pipeline.encode_prompt(["a photograph", ""], "cpu", 1, False)
-    assert table.tensors["encoder_hidden_states"].equal(whole)
+def test_a_prompt_is_what_the_pipeline_makes_of_it(prompted):
+    family, pipeline = prompted
+    table, expected = family.embed(pipeline, PROMPTS), encoded(pipeline, PROMPTS)
+    assert table.tensors and len(table) == len(PROMPTS)
+    for name, tensor in table.tensors.items():
+        assert any(tensor.equal(other) for other in expected), name
 
 
-def test_latents_survive_the_way_to_the_network_and_back(stable_diffusion):
-    family, pipeline = stable_diffusion
-    pictures = torch.rand(2, 3, family.resolution, family.resolution)
+def test_prompts_are_embedded_in_batches(prompted, monkeypatch):
+    family, pipeline = prompted
+    encode, lengths = pipeline.encode_prompt, []
+
+    def spy(prompt, *args, **kwargs):
+        lengths.append(len(prompt))
+        return encode(prompt, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "encode_prompt", spy)
+    count = EMBEDDING_BATCH + 1
+    many = family.embed(pipeline, [PROMPTS[0]] * count)
+    assert max(lengths) <= EMBEDDING_BATCH and sum(lengths) == count == len(many)
+    for name, tensor in family.embed(pipeline, PROMPTS[:1]).tensors.items():
+        torch.testing.assert_close(many.tensors[name], tensor.expand_as(many.tensors[name]), rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_survive_the_way_to_the_network_and_back(loaded):
+    family, pipeline = loaded
+    pictures = torch.rand(2, family.channels, family.resolution, family.resolution)
     mean, deviation = family.encode(pipeline, pictures * 2 - 1)
-    assert mean.shape == deviation.shape == (2, 4, 8, 8) and (deviation > 0).all()
-    decoded = family.decode(pipeline, family.latent_scaling(pipeline)(mean))
-    expected = (pipeline.vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(decoded, expected.detach())
+    scaling = family.latent_scaling(pipeline)
+    assert mean.shape == deviation.shape
+    if family.has_latents:
+        scaling = pickle.loads(pickle.dumps(scaling))  # other processes scale what is cached
+        assert (deviation > 0).all()
+        expected = (pipeline.vae.decode(mean).sample / 2 + 0.5).clamp(0, 1).detach()
+    else:
+        assert (deviation == 0).all()
+        expected = pictures
+    torch.testing.assert_close(family.decode(pipeline, scaling(mean)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_samples_are_those_of_the_pipeline_and_do_not_depend_on_the_batch(stable_diffusion):
-    from diffusers import DDIMScheduler
+def test_the_answer_of_the_network_has_the_shape_of_the_sample(loaded):
+    family, pipeline = loaded
+    mean, _ = family.encode(pipeline, torch.zeros(2, family.channels, family.resolution, family.resolution))
+    conditions, empty = conditions_of(family, pipeline, 2)
+    timesteps = family.path(pipeline).model_timesteps[[10, 700]]
+    with torch.no_grad():
+        answer = family.predict(family.network(pipeline), mean, timesteps, None if empty is None else conditions)
+    assert answer.shape == mean.shape and answer.isfinite().all()
 
-    family, pipeline = stable_diffusion
-    table = family.embed(pipeline, ["a photograph", ""])
-    conditions, empty = table[[0, 0, 0]], table[[1]]
+
+def test_samples_are_those_of_the_pipeline_and_do_not_depend_on_the_batch(loaded):
+    family, pipeline = loaded
+    conditions, empty = conditions_of(family, pipeline, 3)
     samples = [
         family.sample(pipeline, conditions, empty, Sampling(2, 3.0, batch_size, seed=5)) for batch_size in (1, 3)
     ]
     torch.testing.assert_close(samples[0], samples[1], rtol=0, atol=1e-5)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    own = pipeline(
-        ["a photograph"] * 3,
-        num_inference_steps=2,
-        guidance_scale=3.0,
-        height=family.resolution,
-        width=family.resolution,
-        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)],
-        output_type="pt",
-    ).images
-    torch.testing.assert_close(samples[1], own, rtol=0, atol=1e-5)
+    if hasattr(pipeline.scheduler, "alphas_cumprod"):
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    asked = {"batch_size": 3}
+    if family.has_prompts:
+        side = {"height": family.resolution, "width": family.resolution}
+        asked = {"prompt": PROMPTS[:1] * 3, "guidance_scale": 3.0} | side
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    own = pipeline(num_inference_steps=2, generator=generators, output_type="np", **asked).images
+    torch.testing.assert_close(samples[1], torch.from_numpy(own).permute(0, 3, 1, 2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [0, 20, 45])
+def test_a_step_of_the_scheduler_with_the_target_as_output_stays_on_the_path(loaded, step):
+    """The noise levels, the targets and the timesteps that are trained on are those that the sampler takes."""
+    family, pipeline = loaded
+    path, scheduler = family.path(pipeline), type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    if hasattr(scheduler, "alphas_cumprod"):
+        scheduler = DDIMScheduler.from_config(scheduler.config)
+        scheduler.set_timesteps(50)
+    here, there = (
+        (path.model_timesteps - timestep).abs().argmin()[None] for timestep in scheduler.timesteps[step : step + 2]
+    )
+    sample, noise = torch.rand(1, 4, 8, 8) * 1.8 - 0.9, torch.randn(1, 4, 8, 8)  # schedulers clip to [-1, 1]
+    output, timestep = path.target(sample, noise, here), scheduler.timesteps[step]
+    found = scheduler.step(output, timestep, path.add_noise(sample, noise, here)).prev_sample
+    torch.testing.assert_close(found, path.add_noise(sample, noise, there), rtol=1e-4, atol=1e-4)
 
 
 def test_conditions_are_rows():

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
+from siss_diffusers.errors import UsageError
 from siss_diffusers.hub.card import CARD_MARK
-from siss_diffusers.hub.contents import only_figures, weights_digest
+from siss_diffusers.hub.contents import only_figures, read_public_evaluation, weights_digest
 from siss_diffusers.hub.upload import collect_uploads
 from tests.helpers.publishing import BASE, REPO, error_of, push
 
@@ -85,3 +88,12 @@ def test_only_figures_are_left_of_an_evaluation():
         "points": [{"step": 1, "who": "jane"}, "jane"],
     }
     assert only_figures(content) == {"share": 0.5, "none": None, "flag": True, "points": [{"step": 1}]}
+
+
+@pytest.mark.parametrize(
+    "content", [{"base": {}}, {"base": {}, "unlearned": []}, {"base": {}, "unlearned": {}, "settings": 1}]
+)
+def test_json_that_is_no_evaluation(content, tmp_path):
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="does not compare a base with an unlearned model"):
+        read_public_evaluation(tmp_path, None)

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from siss_diffusers.hub.card import render_card
-from siss_diffusers.hub.contents import LORA_FILE
 from siss_diffusers.methods import METHODS
 from siss_diffusers.metrics import METRICS, Metric
 from siss_diffusers.metrics.formats import percent
+from siss_diffusers.storage.files import LORA_FILE
 
 
 REPORT = {
@@ -157,7 +157,13 @@ class TestFigures:
 
     def test_a_new_metric_needs_no_change_here(self, adapter, monkeypatch):
         entry = Metric(
-            "new", "A new one", "It says a lot.", dict, lambda value: f"{value:.1f} s", "lower", spread="new_std"
+            key="new",
+            label="A new one",
+            explanation="It says a lot.",
+            measure=dict,
+            format=lambda value: f"{value:.1f} s",
+            better="lower",
+            spread="new_std",
         )
         monkeypatch.setitem(METRICS, "new", entry)
         card = render(adapter, base={"new": 1.26, "new_std": 0.5}, unlearned={"new": 2, "new_low": 1, "new_high": 3})

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import (
     CLIPConfig,
@@ -33,16 +30,14 @@ from transformers import (
 from siss_diffusers.assets.make_tiny_sd import make_tokenizer
 from siss_diffusers.errors import UsageError
 from siss_diffusers.hub.contents import (
-    LORA_FILE,
     list_model_files,
     model_uploads,
     public_file_names,
     read_components,
-    read_public_evaluation,
     read_run,
     weights_digest,
 )
-from siss_diffusers.training import adapters
+from siss_diffusers.storage.files import LORA_FILE
 
 
 SMALL = {
@@ -55,6 +50,7 @@ SMALL = {
 CLUTTER = (
     "jane.png",
     "receipt.json",
+    "near_duplicates.csv",
     "train_log.jsonl",
     "metadata.jsonl",
     "prompts.txt",
@@ -316,32 +312,3 @@ class TestWeightsDigest:
         assert weights_digest(tmp_path) is None
         (tmp_path / LORA_FILE).write_bytes(b"adapter")
         assert weights_digest(tmp_path) == hashlib.blake2b(b"adapter", digest_size=16).hexdigest()
-
-
-@pytest.mark.parametrize(
-    "content", [{"base": {}}, {"base": {}, "unlearned": []}, {"base": {}, "unlearned": {}, "settings": 1}]
-)
-def test_json_that_is_no_evaluation(content, run):
-    (run / "evaluation.json").write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="does not compare a base with an unlearned model"):
-        read_public_evaluation(run, None)
-
-
-def test_the_name_of_an_adapter_is_that_of_diffusers():
-    assert LORA_FILE == LORA_WEIGHT_NAME_SAFE == adapters.LORA_FILE
-
-
-def test_what_is_imported():
-    """`siss --help` imports the command without the Hub; the Hub's modules import neither commands nor training."""
-    script = """
-import argparse, sys
-from siss_diffusers.commands import push
-push.add_arguments(argparse.ArgumentParser())
-before = set(sys.modules)
-import siss_diffusers.hub.upload
-print(sorted(name for name in before if name.startswith(("huggingface_hub", "siss_diffusers.hub"))))
-added = set(sys.modules) - before
-print(sorted(name for name in added if name.startswith(("siss_diffusers.commands", "siss_diffusers.training"))))
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout == "[]\n[]\n"

@@ -5,14 +5,9 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 
 from siss_diffusers.assets.digits import digit_images, garment_image
-from siss_diffusers.metrics.copies import (
-    CopyDetectors,
-    copy_statistics,
-    correlation,
-    pixel_l2,
-    wilson_interval,
-)
+from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics, wilson_interval
 from siss_diffusers.metrics.pictures import frame_copies
+from siss_diffusers.similarity import correlation, pixel_l2
 
 
 DIGITS = torch.from_numpy(digit_images()[0]).unsqueeze(1) / 255

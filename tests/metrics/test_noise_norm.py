@@ -1,6 +1,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch import nn
 
 from siss_diffusers.families import Sampling, StableDiffusion
 from siss_diffusers.metrics.noise_norm import TextNoiseNorms, first_noise_norm, mean_noise_norm
@@ -58,6 +59,24 @@ def test_norms_are_those_of_a_loop(prediction_type, batch_size):
 
 def test_batches_of_a_single_step_are_rows():
     assert record(build_pipeline(), batch_size=1, num_inference_steps=1).per_step().shape == (1, len(PROMPTS))
+
+
+class KeywordNet(nn.Module):
+    """Its output is the noisy batch times the prompt."""
+
+    def forward(self, *, timestep, prompt, sample=None, hidden_states=None):
+        return ((hidden_states if sample is None else sample) * prompt,)
+
+
+@pytest.mark.parametrize("name", ["sample", "hidden_states"])
+def test_a_network_that_is_called_by_keywords_is_seen(name):
+    net, path = KeywordNet(), GaussianPath.from_scheduler(DDIMScheduler())
+    noisy, prompt = torch.randn(3, 4, 8, 8), torch.tensor([0.0] * 3 + [1.0, 2.0, 3.0])[:, None, None, None]
+    with TextNoiseNorms(net, path) as norms:
+        for timestep in (torch.full((6,), 900), torch.tensor(400), 10):
+            net(**{name: noisy.repeat(2, 1, 1, 1)}, timestep=timestep, prompt=prompt)
+    expected = noisy.flatten(1).norm(dim=1) * torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(norms.per_step(), expected.expand(3, -1))
 
 
 def test_without_guidance_there_is_no_norm():

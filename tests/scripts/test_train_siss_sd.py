@@ -40,6 +40,7 @@ def test_every_method_runs_and_changes_only_the_unet(kind, method, full_args, pi
         "forget": NUM_FORGET,
         "keep": NUM_KEEP,
         "duplicates_removed": 0,
+        "near_duplicates_removed": 0,
         "checked": NUM_KEEP,
     }
     if kind == "lora":
@@ -352,7 +353,7 @@ BAD_INPUT = {
     "a target that is not there": (
         {"--use_lora": None, "--lora_target_modules": "to_q to_x"},
         None,
-        "--lora_target_modules: the UNet has no linear or convolutional layer 'to_x'",
+        "--lora_target_modules: the network has no linear or convolutional layer 'to_x'",
     ),
     "resolution": ({"--resolution": "17"}, None, "--resolution 17"),
     "flipped cache": ({"--cache_latents": None, "--random_flip": None}, None, "--cache_latents"),

@@ -6,7 +6,7 @@ import pytest
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.flags import add_flags, parse_settings
-from siss_diffusers.parsing import Parser
+from siss_diffusers.parsing import Parser, path
 from siss_diffusers.settings import TextToImageSettings, UnconditionalSettings, flag_name, resolve
 from siss_diffusers.training.resume import changes, compared_fields, described
 
@@ -36,7 +36,9 @@ def test_flags_left_out_are_the_defaults_of_python(kind):
 def test_nothing_that_names_what_is_forgotten_is_public(kind):
     """Names, paths, prompts and values are texts: every text is private but a choice among names of ours."""
     secret = "the-secret"
-    is_text = {field.name: field.metadata["parse"] is str and "bool" not in str(field.type) for field in fields(kind)}
+    is_text = {
+        field.name: field.metadata["parse"] in (str, path) and "bool" not in str(field.type) for field in fields(kind)
+    }
     texts = {field.name: secret for field in fields(kind) if is_text[field.name] and not field.metadata["choices"]}
     assert {"forget_data_dir", "forget_files", "forget_value", "train_data_dir", "output_dir"} <= texts.keys()
     lists = {name: [secret] for name in texts if kind.__dataclass_fields__[name].metadata["nargs"] in ("+", "*")}

@@ -58,8 +58,8 @@ def test_an_adapter_of_other_modules_is_not_loaded(adapted):
         load_lora(other, adapter, "unet")
 
 
-def test_targets_must_exist(adapted):
-    unet, *_ = adapted
+def test_targets_must_exist(pipeline_folder):
+    unet = StableDiffusionPipeline.from_pretrained(pipeline_folder).unet
     check_target_modules(unet, ["to_q", "conv1"], ["to_q"])
     with pytest.raises(UsageError, match="'to_x'"):
         check_target_modules(unet, ["to_q", "to_x"], ["to_q"])

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 import train_siss_sd
 import train_siss_unconditional
 from siss_diffusers.errors import RunError
-from siss_diffusers.metrics.copies import DETECTOR_SIZE, CopyDetectors
+from siss_diffusers.metrics.copies import CopyDetectors
 from siss_diffusers.noising import GaussianPath, loss_weights, min_snr_weight
 from siss_diffusers.settings import UnconditionalSettings
+from siss_diffusers.similarity import DETECTOR_SIZE
 from siss_diffusers.training.problem import Problem
 from siss_diffusers.training.state import Progress
 from tests.helpers.commands import assert_refused, to_argv

@@ -1,0 +1,81 @@
+"""The flags of single metrics of `siss evaluate`."""
+
+import argparse
+
+from siss_diffusers.evaluation.settings import EvaluationSettings
+from siss_diffusers.parsing import natural_number, non_negative_float, path, positive_float, positive_int
+
+
+def add_metric_arguments(metrics: argparse._ArgumentGroup) -> None:
+    """Add the flags of single metrics."""
+    metrics.add_argument("--copy_detector", type=path, help="A TorchScript file of a copy detector, such as SSCD's.")
+    metrics.add_argument(
+        "--copy_detector_size",
+        type=positive_int,
+        default=EvaluationSettings.copy_detector_size,
+        help="Pictures are resized for it; default: 288.",
+    )
+    metrics.add_argument(
+        "--feature_extractor",
+        type=path,
+        help="A TorchScript file of a feature extractor, for FID, KID, precision, coverage.",
+    )
+    metrics.add_argument(
+        "--feature_size",
+        type=positive_int,
+        default=EvaluationSettings.feature_size,
+        help="Pictures are resized for it; default: 299.",
+    )
+    metrics.add_argument(
+        "--classifier",
+        type=path,
+        help="A TorchScript file that maps pictures to class logits, for the inception score.",
+    )
+    metrics.add_argument("--classifier_size", type=positive_int, help="Pictures are resized for it.")
+    metrics.add_argument(
+        "--clip_model",
+        type=path,
+        help="A CLIP of transformers, such as openai/clip-vit-base-patch16, for CLIP score and CLIP-IQA.",
+    )
+    metrics.add_argument(
+        "--num_likelihood_images",
+        type=natural_number,
+        default=EvaluationSettings.num_likelihood_images,
+        help="Unconditional models: keep images whose likelihood is computed; default: 32.",
+    )
+    metrics.add_argument(
+        "--paraphrases_file",
+        type=path,
+        help="Text-to-image models: a text file of other wordings of the memorized prompts.",
+    )
+    metrics.add_argument(
+        "--prompt_noise",
+        type=positive_float,
+        nargs="*",
+        default=[],
+        help="Text-to-image models: sample with noise on the prompt's embedding, so many times its standard deviation.",
+    )
+    add_relearning_arguments(metrics)
+
+
+def add_relearning_arguments(metrics: argparse._ArgumentGroup) -> None:
+    """Add the flags of the relearning attack."""
+    metrics.add_argument(
+        "--relearning_steps",
+        type=natural_number,
+        default=EvaluationSettings.relearning_steps,
+        help="Fine-tune each model but the base on neighbours of the forget images for so many steps and watch whether"
+        " copies return; default: 0, not at all.",
+    )
+    metrics.add_argument(
+        "--relearning_rate",
+        type=non_negative_float,
+        default=EvaluationSettings.relearning_rate,
+        help="Learning rate of that; default: 1e-4.",
+    )
+    metrics.add_argument(
+        "--num_relearning_samples",
+        type=positive_int,
+        default=EvaluationSettings.num_relearning_samples,
+        help="Samples at each of its points, and of each variation of the prompt; default: 64.",
+    )

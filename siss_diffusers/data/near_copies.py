@@ -1,0 +1,125 @@
+"""Near copies of forget images in the keep set: encoded again, resized, cropped a little, brightened or mirrored.
+
+A picture is a near copy where it correlates by `MIN_SIMILARITY` with a forget image, and lies `GAP` times nearer to a
+perfect copy than the most similar of the ordinary images to keep. The second condition spares handwritten digits of one
+class, which correlate by up to 0.99 with each other. benchmarks/near_copies.py shows what the rule finds and spares.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siss_diffusers.data.images import Images
+from siss_diffusers.errors import UsageError
+from siss_diffusers.similarity import correlation, correlations, shrink
+
+
+MIN_SIMILARITY = 0.95
+GAP = 5
+# Pictures are compared at this size at most. A crop by 5 % moves what it shows by less than a pixel then.
+SIZE = 32
+# What a crop by up to 6 % has enlarged.
+ZOOMS = (1.0, 1.02, 1.04, 1.06)
+# A first look at so many pixels a side, which is cheap, passes what correlates by so much. No copy of the benchmark that
+# the second look accepts is below 0.84 there.
+FIRST_SIZE, FIRST_SIMILARITY = 8, 0.8
+# How many ordinary images the second condition looks at.
+NUM_ORDINARY = 512
+
+
+@dataclass(frozen=True)
+class Match:
+    """A near copy.
+
+    Args:
+        digest: of the forget image that it is most similar to.
+        similarity: the highest correlation with it, up to 1.
+    """
+
+    digest: bytes
+    similarity: float
+
+
+def thumbnail(pixels: Tensor) -> Tensor:
+    """Return a picture `(C, H, W)` in [-1, 1] as it is compared: small, in [0, 1].
+
+    In float64, in which the rounding of a matrix product, that may depend on how many pictures it has, decides nothing.
+    """
+    return shrink(pixels[None].double() / 2 + 0.5, SIZE)[0]
+
+
+class NearCopies:
+    """Tells which pictures are near copies of a forget image.
+
+    The answer for a picture depends on the forget images and on the ordinary images alone, not on the pictures that are
+    asked about with it.
+
+    Args:
+        references: a thumbnail of each distinct forget image by its digest.
+        ordinary: returns thumbnails `(M, C, H, W)` of images to keep, near copies among them or not; called at most once,
+            where a picture is suspicious.
+    """
+
+    def __init__(self, references: dict[bytes, Tensor], ordinary: Callable[[], Tensor]) -> None:
+        self.digests = list(references)
+        self.references = torch.stack(list(references.values()))
+        self._read_ordinary = ordinary
+        self._thresholds: dict[int, float] = {}
+
+    @cached_property
+    def ordinary(self) -> Tensor:
+        """Thumbnails of ordinary images to keep."""
+        return self._read_ordinary()
+
+    def find(self, pictures: Tensor) -> list[Match | None]:
+        """Return for each picture `(N, C, H, W)`, from `thumbnail`, the forget image that it is a near copy of."""
+        small, references = shrink(pictures, FIRST_SIZE), shrink(self.references, FIRST_SIZE)
+        first = torch.maximum(correlations(small, references), correlations(small, references.flip(-1)))
+        candidates = first >= FIRST_SIMILARITY
+        matches: list[Match | None] = [None] * len(pictures)
+        for index in candidates.any(0).nonzero().flatten().tolist():
+            rows = candidates[:, index].nonzero().flatten()
+            for row, similarity in zip(rows.tolist(), self.similarity(pictures[rows], index).tolist()):
+                best = matches[row]
+                if similarity < MIN_SIMILARITY or (best is not None and similarity <= best.similarity):
+                    continue
+                if similarity >= self.threshold(index):
+                    matches[row] = Match(self.digests[index], similarity)
+        return matches
+
+    def similarity(self, pictures: Tensor, index: int) -> Tensor:
+        """Return the highest correlation of pictures `(N, C, H, W)` with a forget image, `(N,)`: enlarged a little,
+        moved by up to a pixel, and mirrored."""
+        zooms = torch.tensor(ZOOMS, dtype=torch.float64)
+        grids = torch.zeros(len(zooms), 2, 3, dtype=torch.float64)
+        grids[:, 0, 0] = grids[:, 1, 1] = 1 / zooms
+        enlarged = self.references[index].expand(len(zooms), -1, -1, -1)
+        grid = F.affine_grid(grids, list(enlarged.shape), align_corners=False)
+        enlarged = F.grid_sample(enlarged, grid, padding_mode="border", align_corners=False)
+        return correlation(pictures, torch.cat([enlarged, enlarged.flip(-1)])).round(decimals=6)
+
+    def threshold(self, index: int) -> float:
+        """Return the similarity from which on a picture is a near copy of a forget image."""
+        if index not in self._thresholds:
+            # Near copies among the ordinary images, which are above, say nothing about the others.
+            similarity = self.similarity(self.ordinary, index)
+            highest = max([value for value in similarity.tolist() if value < MIN_SIMILARITY], default=0.0)
+            self._thresholds[index] = max(MIN_SIMILARITY, 1 - (1 - highest) / GAP)
+        return self._thresholds[index]
+
+
+def read_thumbnails(images: Images, rows: Sequence[int] | np.ndarray) -> Tensor:
+    """Return thumbnails `(N, C, H, W)` of rows; those that cannot be read are left out, for they need not be drawn."""
+    thumbnails = []
+    for row in rows:
+        try:
+            thumbnails.append(thumbnail(images.load(int(row))))
+        except UsageError:
+            continue
+    # One flat picture where there is none: it is similar to nothing.
+    return torch.stack(thumbnails or [torch.zeros(images.transform.channels, SIZE, SIZE, dtype=torch.float64)])

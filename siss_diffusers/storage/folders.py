@@ -1,0 +1,41 @@
+"""The folder that results go into: made before the work, and gone again where the work is refused."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from siss_diffusers.errors import UsageError
+
+
+@contextmanager
+def made_folder(flag: str, folder: str | Path) -> Iterator[None]:
+    """Make a folder now, by the first process: that it cannot be made must not show after hours of work.
+
+    Where the block ends in an error, folders that were made here and are still empty are removed. Whatever was there
+    before is not touched.
+
+    Raises:
+        UsageError: where the folder cannot be made or written to.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"{flag}: {folder} cannot be made ({reason}); name another folder") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UsageError(f"{flag}: {folder} cannot be written to; change its permissions or name another folder")
+        yield
+    except BaseException:
+        for path in made:
+            try:
+                path.rmdir()
+            except OSError:  # not empty, or never made
+                break
+        raise
