@@ -6,12 +6,14 @@ re-upload would change it. The table tells how many of the changed copies are fo
 
 import argparse
 import json
+import resource
 import time
 import warnings
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
@@ -20,9 +22,12 @@ from sklearn.datasets import load_sample_image
 from siss_diffusers.assets import captioned, digits
 from siss_diffusers.data import near_copies
 from siss_diffusers.data.images import ImageTransform
+from siss_diffusers.data.sources import ImageRows
+from siss_diffusers.data.split import GivenRows, split_data
 
 
 Picture = Image.Image
+PHOTOS = "crops of two photographs, 256 px"
 
 
 def jpeg(picture: Picture, quality: int) -> Picture:
@@ -80,7 +85,7 @@ def picture_sets(mnist: str | None) -> dict[str, tuple[list[Picture], int, bool]
         "digits, 32 px": ([*map(Image.fromarray, large)], 32, False),
         "flower among its crops, 32 px": ([*map(Image.fromarray, [flower, *captioned.flower_images()])], 32, True),
         "crops of a temple, 32 px": ([*map(Image.fromarray, captioned.temple_images())], 32, False),
-        "crops of two photographs, 256 px": (crops, 256, False),
+        PHOTOS: (crops, 256, False),
     }
     if mnist is not None:
         sets["MNIST, 28 px"] = ([*map(Image.fromarray, np.load(mnist)["x"])], 28, False)
@@ -117,14 +122,48 @@ def measure(pictures: list[Picture], resolution: int, first_only: bool, num_forg
     }
 
 
+def measure_reading(resolution: int, count: int, num_forget: int) -> None:
+    """Split a set of which every image is read, as with --num_epochs, with the search and without."""
+    digit = resolution == 8
+    pictures = (
+        [Image.fromarray(pixels) for pixels in digits.digit_images()[0]] if digit else picture_sets(None)[PHOTOS][0]
+    )
+    cells = []
+    for picture in pictures:
+        content = BytesIO()
+        picture.resize((resolution, resolution)).save(content, "PNG" if digit else "JPEG")
+        cells.append({"bytes": content.getvalue(), "path": None})
+    features = datasets.Features(image=datasets.Image(decode=False))
+    rows = datasets.Dataset.from_dict({"image": [cells[row % len(cells)] for row in range(count)]}, features)
+    keep, forget = (ImageRows(part, "image", "--x") for part in (rows, rows.select(range(num_forget))))
+    for search in (False, True):
+        started, processor = time.perf_counter(), time.process_time()
+        split = split_data(
+            GivenRows(keep, forget), ImageTransform(1 if digit else 3, resolution), seed=0, drop_near_duplicates=search
+        )
+        seconds, processor = time.perf_counter() - started, time.process_time() - processor
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        print(
+            f"{resolution} px, {num_forget} to forget, {count} read, search {'on' if search else 'off'}: {seconds:.1f} s,"
+            f" {processor:.1f} CPU s, {1e6 * processor / count:.0f} us an image, peak {peak} MB, {split.counts()}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mnist", metavar="FILE.npz", help="MNIST digits: an array `x` (N, 28, 28) uint8.")
     parser.add_argument("--num_forget", type=int, default=100, help="Forget images of each set. Default: 100.")
+    parser.add_argument("--read", type=int, metavar="N", help="Measure the time of reading N images instead.")
     parser.add_argument("--json", metavar="FILE", help="Write the results there.")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    if args.read:
+        measure_reading(8, args.read, 1)
+        measure_reading(8, args.read // 10, 100)
+        measure_reading(512, args.read // 100, 1)
+        return
     results = {}
     for name, (pictures, resolution, first_only) in picture_sets(args.mnist).items():
         results[name] = measure(pictures, resolution, first_only, args.num_forget)

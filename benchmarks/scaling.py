@@ -120,7 +120,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_script(setting: Setting, steps: int, data: Path, forget: Path, cache: Path) -> dict[str, float | None]:
+def run_script(
+    setting: Setting, steps: int, data: Path, forget: Path, cache: Path, flags: list[str]
+) -> dict[str, float | None]:
     """
     Returns:
         `start_seconds` from the start of the process to that of its first step, `start_processor_seconds` to the end of
@@ -134,6 +136,7 @@ def run_script(setting: Setting, steps: int, data: Path, forget: Path, cache: Pa
         command += ["--forget_data_dir", str(forget), "--cache_dir", str(cache), "--output_dir", str(output_dir)]
         command += ["--train_batch_size", str(setting.batch), "--max_train_steps", str(steps), "--report_to", "none"]
         command += ["--gradient_accumulation_steps", str(setting.accumulation)]
+        command += flags
         env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if setting.processes > 1:
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
@@ -174,7 +177,10 @@ def measure(setting: Setting, args: argparse.Namespace, folder: Path) -> dict[st
     if not forget.exists():
         write_forget_images(forget, setting.forget)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        first, *others = (run_script(setting, args.steps, data, forget, Path(cache)) for _ in range(1 + args.repeats))
+        first, *others = (
+            run_script(setting, args.steps, data, forget, Path(cache), args.flags.split())
+            for _ in range(1 + args.repeats)
+        )
     row = {name: None if first[name] is None else statistics.median(run[name] for run in others) for name in first}
     pairs = setting.batch * setting.accumulation * setting.processes
     return vars(setting) | {
@@ -277,6 +283,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=12, help="Of each run. Default: 12.")
     parser.add_argument("--repeats", type=int, default=3, help="Runs of a setting after the first one. Default: 3.")
+    parser.add_argument(
+        "--flags", default="", help="More flags of the script, in one word: --flags=--no-drop_near_duplicates"
+    )
     parser.add_argument("--json", type=str, metavar="FILE", help="Write the results there.")
     parser.add_argument("--plot", type=str, metavar="FILE.png", help="Draw them there; needs matplotlib.")
     args = parser.parse_args(argv)

@@ -10,7 +10,7 @@ import numpy as np
 
 
 # The key of a pair is (seed, PAIR, window, index of the pair in the window); likewise the others.
-PAIR, COMPONENT, ORDER, CALIBRATION, MODEL, ADAPTER = 0, 1, 2, 3, 5, 6
+PAIR, COMPONENT, ORDER, CALIBRATION, MODEL, ADAPTER, STRANGERS = 0, 1, 2, 3, 5, 6, 7
 
 
 def keyed_generator(seed: int, purpose: int, *key: int) -> np.random.Generator:

@@ -8,6 +8,7 @@ class, which correlate by up to 0.99 with each other. benchmarks/near_copies.py 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from siss_diffusers.similarity import correlation, correlations, shrink
 
 MIN_SIMILARITY = 0.95
 GAP = 5
+ALIKE = 0.9
 # Pictures are compared at this size at most. A crop by 5 % moves what it shows by less than a pixel then.
 SIZE = 32
 # What a crop by up to 6 % has enlarged.
@@ -50,7 +52,7 @@ def thumbnail(pixels: Tensor) -> Tensor:
 
     In float64, in which the rounding of a matrix product, that may depend on how many pictures it has, decides nothing.
     """
-    return shrink(pixels[None].double() / 2 + 0.5, SIZE)[0]
+    return shrink(pixels[None], SIZE)[0].double() / 2 + 0.5
 
 
 class NearCopies:
@@ -69,7 +71,7 @@ class NearCopies:
         self.digests = list(references)
         self.references = torch.stack(list(references.values()))
         self._read_ordinary = ordinary
-        self._thresholds: dict[int, float] = {}
+        self._limits: dict[int, Limits] = {}
 
     @cached_property
     def ordinary(self) -> Tensor:
@@ -88,29 +90,52 @@ class NearCopies:
                 best = matches[row]
                 if similarity < MIN_SIMILARITY or (best is not None and similarity <= best.similarity):
                     continue
-                if similarity >= self.threshold(index):
+                limits = self.limits(index)
+                if similarity >= limits.similarity and self.distance(pictures[[row]], index).item() <= limits.distance:
                     matches[row] = Match(self.digests[index], similarity)
         return matches
 
     def similarity(self, pictures: Tensor, index: int) -> Tensor:
         """Return the highest correlation of pictures `(N, C, H, W)` with a forget image, `(N,)`: enlarged a little,
         moved by up to a pixel, and mirrored."""
+        return correlation(pictures, self.variants(index)).round(decimals=6)
+
+    def distance(self, pictures: Tensor, index: int) -> Tensor:
+        """Return the least root mean square difference of pixels in [0, 1] to a forget image, `(N,)`: enlarged a little
+        and mirrored."""
+        differences = [(pictures - variant).square().flatten(1).mean(1).sqrt() for variant in self.variants(index)]
+        return torch.stack(differences).amin(0).round(decimals=6)
+
+    def variants(self, index: int) -> Tensor:
+        """Return a forget image as a crop or a mirror would leave it, `(V, C, H, W)`."""
         zooms = torch.tensor(ZOOMS, dtype=torch.float64)
         grids = torch.zeros(len(zooms), 2, 3, dtype=torch.float64)
         grids[:, 0, 0] = grids[:, 1, 1] = 1 / zooms
         enlarged = self.references[index].expand(len(zooms), -1, -1, -1)
         grid = F.affine_grid(grids, list(enlarged.shape), align_corners=False)
         enlarged = F.grid_sample(enlarged, grid, padding_mode="border", align_corners=False)
-        return correlation(pictures, torch.cat([enlarged, enlarged.flip(-1)])).round(decimals=6)
+        return torch.cat([enlarged, enlarged.flip(-1)])
 
-    def threshold(self, index: int) -> float:
-        """Return the similarity from which on a picture is a near copy of a forget image."""
-        if index not in self._thresholds:
-            # Near copies among the ordinary images, which are above, say nothing about the others.
+    def limits(self, index: int) -> "Limits":
+        """Return how similar and how near a picture must be to a forget image to be its near copy."""
+        if index not in self._limits:
             similarity = self.similarity(self.ordinary, index)
-            highest = max([value for value in similarity.tolist() if value < MIN_SIMILARITY], default=0.0)
-            self._thresholds[index] = max(MIN_SIMILARITY, 1 - (1 - highest) / GAP)
-        return self._thresholds[index]
+            if similarity.median() >= ALIKE:
+                distance = self.distance(self.ordinary, index).median().item() / GAP
+                self._limits[index] = Limits(MIN_SIMILARITY, distance)
+            else:
+                # Near copies among the ordinary images, which are above, say nothing about the others.
+                highest = max([value for value in similarity.tolist() if value < MIN_SIMILARITY], default=0.0)
+                self._limits[index] = Limits(max(MIN_SIMILARITY, 1 - (1 - highest) / GAP), inf)
+        return self._limits[index]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How similar at least, and how far away at most, a near copy is."""
+
+    similarity: float
+    distance: float
 
 
 def read_thumbnails(images: Images, rows: Sequence[int] | np.ndarray) -> Tensor:

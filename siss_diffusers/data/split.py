@@ -193,8 +193,8 @@ def split_data(
     order = KeepOrder(train, candidates, set(thumbnails), seed, max_keep, thumbnails if drop_near_duplicates else None)
     order.walk(len(train) if num_positions is None else num_positions, in_parts)
     if len(order.drawn) == 0:
-        near = "; --no-drop_near_duplicates keeps near copies" if order.near_copies else ""
         raise UsageError(
-            f"nothing to keep: every image of the training set is in the forget set; widen --train_data_dir{near}"
+            "nothing to keep: every image of the training set is in the forget set, or a copy of one; widen"
+            " --train_data_dir, or keep near copies by --no-drop_near_duplicates"
         )
     return Split(train, forget, order, [digest for digest, _ in looks])

@@ -4,12 +4,14 @@ from siss_diffusers.methods.base import Method, Query, Rows
 from siss_diffusers.methods.erasediff import EraseDiff
 from siss_diffusers.methods.naive_deletion import NaiveDeletion
 from siss_diffusers.methods.neggrad import NegGrad
+from siss_diffusers.methods.redirect import Redirect
 from siss_diffusers.methods.retrack import ReTrack
 from siss_diffusers.methods.siss import SISS, SISSNoIS, SubscoreBernoulli
 
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (NaiveDeletion, NegGrad, SISS, SISSNoIS, SubscoreBernoulli, EraseDiff, ReTrack)
+    method.name: method
+    for method in (NaiveDeletion, NegGrad, SISS, SISSNoIS, SubscoreBernoulli, EraseDiff, ReTrack, Redirect)
 }
 
 

@@ -26,6 +26,10 @@ class Query:
             indices into a table of the caller's (prompts, say); equal where x and a share it. None for neither.
         uniform: `(B, C, H, W)`, U[0, 1) noise; only for a method that needs it.
         neighbors: `(B, K, C, H, W)`, the keep images nearest to a; only for a method that needs them.
+        posterior_mean: `(B, C, H, W)`, the mean y' of keep images given a_t, as of `posterior_mean`; read of pairs with
+            `from_forget` alone, and only by a method that needs it.
+        thresholds: `(B,)`, tau_t, the loss per pixel that an unseen image would have; infinite where there is none. Only
+            for a method that needs it, with `keep_thresholds`, that of images to keep alone.
     """
 
     keep: Tensor
@@ -38,12 +42,17 @@ class Query:
     forget_condition: Tensor | None = None
     uniform: Tensor | None = None
     neighbors: Tensor | None = None
+    posterior_mean: Tensor | None = None
+    thresholds: Tensor | None = None
+    keep_thresholds: Tensor | None = None
 
     def __post_init__(self) -> None:
         # Half precision would round x - a before it is multiplied by r = alpha / sigma, which reaches 100.
         self.keep, self.forget, self.noise = self.keep.float(), self.forget.float(), self.noise.float()
         if self.neighbors is not None:
             self.neighbors = self.neighbors.float()
+        if self.posterior_mean is not None:
+            self.posterior_mean = self.posterior_mean.float()
 
     def __getitem__(self, index: Tensor) -> "Query":
         """The pairs that `index`, `(B,)` bool or numbers, selects."""
@@ -142,8 +151,9 @@ class Method(ABC):
         paper: title and address of the paper that the method comes from; the model card cites it.
         takes_scaling: whether the forget gradient is subtracted by a scaling rule of the user's choice.
         subtracts_forget: whether the forget loss is ascended, and so can be calibrated.
-        needs: what a query must hold beside the pair: any of `uniform` and
+        needs: what a query must hold beside the pair: any of `uniform`, `posterior_mean`, `thresholds`, and
             `neighbors` (then the method has a hyperparameter `num_neighbors`).
+        threshold_source: whose losses set the thresholds by default: `keep`, `strangers`, or `both`, the higher.
         has_both_sides: whether it learns from keep images and from forget images.
     """
 
@@ -153,6 +163,7 @@ class Method(ABC):
     takes_scaling: ClassVar[bool] = False
     subtracts_forget: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
+    threshold_source: ClassVar[str] = "keep"
     has_both_sides: ClassVar[bool] = True
 
     @property

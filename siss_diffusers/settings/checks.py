@@ -102,12 +102,7 @@ def method_of(settings: Settings) -> Method:
             f"--forget_scaling and --forget_scale do not apply to --method {method.name}; drop them, or use"
             f" {methods_with('takes_scaling')}"
         )
-    calibrates = settings.calibrate_forgetting not in (None, "off")
-    if calibrates and not method.subtracts_forget:
-        raise UsageError(
-            f"--calibrate_forgetting needs a subtracted forget side, not --method {method.name}; use"
-            f" {methods_with('subtracts_forget')}"
-        )
+    check_calibration(settings, method)
     if settings.forget_timestep_ranges is not None and not method.has_both_sides:
         raise UsageError(
             f"--forget_timestep_ranges needs a keep side and a forget side, not --method {method.name}; use"
@@ -116,19 +111,48 @@ def method_of(settings: Settings) -> Method:
     return method
 
 
+def check_calibration(settings: Settings, method: Method) -> None:
+    """Refuse settings of calibrated forgetting and of redirection that do not apply.
+
+    Raises:
+        UsageError: naming the flag and the methods that it applies to.
+    """
+    quantile = settings.calibrate_forgetting
+    if quantile not in (None, "off") and not has_thresholds(method):
+        calibrated = ", ".join(name for name, known in METHODS.items() if has_thresholds(known))
+        raise UsageError(
+            f"--calibrate_forgetting needs a forget side with an end, not --method {method.name}; use {calibrated}"
+        )
+    default = type(settings).__dataclass_fields__["num_redirect_images"].default
+    if settings.num_redirect_images != default and "posterior_mean" not in method.needs:
+        redirecting = ", ".join(name for name, known in METHODS.items() if "posterior_mean" in known.needs)
+        raise UsageError(
+            f"--num_redirect_images does not apply to --method {method.name}; drop it, or use {redirecting}"
+        )
+
+
+def has_thresholds(method: Method | type[Method]) -> bool:
+    """Tell whether thresholds of the loss can say how far a forget image is pushed."""
+    return method.subtracts_forget or "thresholds" in method.needs
+
+
 def with_scaling_defaults(settings: Settings, method: Method) -> Settings:
     """Fill in the scaling rule, its scale and the quantile of calibration.
 
     Raises:
-        UsageError: for --forget_scale_every with a rule that takes no norms.
+        UsageError: for --forget_scale_every with a rule that takes no norms, or --threshold_source without calibration.
     """
     scaling, scale, quantile = settings.forget_scaling, settings.forget_scale, settings.calibrate_forgetting
     if method.takes_scaling:
         scaling = scaling or "relative"
         if settings.calibrates_by_default and quantile is None and scaling == "relative":
             quantile = DEFAULT_QUANTILE
+    if quantile is None and "thresholds" in method.needs:
+        quantile = DEFAULT_QUANTILE
     if quantile == "off":
         quantile = None
+    if settings.threshold_source is not None and quantile is None:
+        raise UsageError("--threshold_source needs --calibrate_forgetting; add it, or drop this one")
     if method.takes_scaling and scale is None and scaling in ("relative", "fixed"):
         scale = CALIBRATED_SCALE if scaling == "relative" and quantile is not None else DEFAULT_SCALE
     if settings.forget_scale_every > 1 and scaling not in ("relative", "norm"):

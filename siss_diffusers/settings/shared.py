@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from siss_diffusers.calibration import DEFAULT_QUANTILE
+from siss_diffusers.calibration import DEFAULT_QUANTILE, THRESHOLD_SOURCES
 from siss_diffusers.combine import FORGET_SCALINGS
 from siss_diffusers.errors import UsageError
 from siss_diffusers.methods import METHODS
@@ -24,6 +24,7 @@ from siss_diffusers.settings.fields import check_value, flag_name, setting, swit
 UNLEARNING, VALIDATION = "unlearning", "validation"
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+DEFAULT_REDIRECT_IMAGES = 1_000
 METHODS_HELP = "; ".join(
     f"{name}: {method.summary}" + "".join(f", {key}={value}" for key, value in method.hyperparameters().items())
     for name, method in METHODS.items()
@@ -132,8 +133,15 @@ class Settings:
         parse=positive_int, metavar="K", group=UNLEARNING, public=True)
     calibrate_forgetting: Any = setting(None, f"Push a forget image only until its loss reaches this quantile"
         f" ({DEFAULT_QUANTILE} if not given) of the losses that the starting model has on images to keep, at the same"
-        " noise level; or `off`.", parse=quantile_or_off, nargs="?", const=DEFAULT_QUANTILE, metavar="QUANTILE",
+        " noise level; or `off`. Always on for redirect, if not `off`.", parse=quantile_or_off, nargs="?", const=DEFAULT_QUANTILE, metavar="QUANTILE",
         group=UNLEARNING, resume="fixed", public=True)
+    threshold_source: str | None = setting(None, "Whose losses --calibrate_forgetting goes by: `keep`, the quantile on"
+        " images to keep; `strangers`, the mean on the images to forget turned by 90, 180 and 270 degrees, which the"
+        " model never saw; `both`, the higher of the two. Default: both for redirect, otherwise keep.",
+        choices=THRESHOLD_SOURCES, group=UNLEARNING, resume="fixed", public=True)
+    num_redirect_images: int = setting(DEFAULT_REDIRECT_IMAGES, "Redirect a forget image to the mean of at most so many"
+        " images to keep of its prompt (of any prompt where it has none), which are held on the device. Default:"
+        f" {DEFAULT_REDIRECT_IMAGES}.", parse=positive_int, metavar="N", group=UNLEARNING, public=True)
     forget_data_dir: str | None = setting(None, "A folder of images to forget; copies of them are not kept.",
         group=UNLEARNING, resume="free", parse=path)
     forget_files: Any = setting(None, "Files within --train_data_dir to forget.", nargs="+", group=UNLEARNING,

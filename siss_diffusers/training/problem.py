@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed
 from accelerate.utils import DistributedType
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS, measure_thresholds
 from siss_diffusers.combine import Rule
+from siss_diffusers.draws import CALIBRATION, STRANGERS
 from siss_diffusers.errors import RunError
 from siss_diffusers.gradients.engine import PairedGradients
 from siss_diffusers.methods import Method, Query, Rows
@@ -19,7 +21,7 @@ from siss_diffusers.noising import GaussianPath, loss_weights
 from siss_diffusers.settings import Settings
 from siss_diffusers.training.network import TrainedNetwork
 from siss_diffusers.training.run import Run
-from siss_diffusers.training.samples import Samples
+from siss_diffusers.training.samples import Samples, threshold_source
 from siss_diffusers.training.schedule import current_forget_range
 from siss_diffusers.training.state import Progress
 from siss_diffusers.training.training_set import TrainingSet
@@ -38,7 +40,8 @@ class Problem:
         timestep_range: `(lo, hi)` of training.
         forget_ranges: those of forgetting.
         planned_windows: windows whose latents are cached; None where there is no limit.
-        thresholds: `(T,)` of calibrated forgetting; None for none.
+        thresholds: `(T,)`, tau_t; for a method that needs them `(2, T)`, tau_t and the threshold of images to keep alone;
+            None for none.
     """
 
     method: Method
@@ -68,10 +71,21 @@ class Problem:
             )
         window, forget_range = [], current_forget_range(settings, self.forget_ranges, progress)
         for _ in range(settings.gradient_accumulation_steps):
-            rows = self.method.rows_within(Query(path=self.path, **next(self.batches)), forget_range)
+            query = self._complete(Query(path=self.path, **next(self.batches)))
+            rows = self.method.rows_within(query, forget_range)
             weights = loss_weights(self.path, rows.timesteps, settings.snr_gamma)
             window.append(rows if weights is None else rows.reweighted(weights))
         return window
+
+    def _complete(self, query: Query) -> Query:
+        """Return a query with what its method needs and no data loader can draw."""
+        if "posterior_mean" in self.method.needs:
+            query = replace(query, posterior_mean=self.samples.keep_posterior.means(query))
+        if "thresholds" in self.method.needs:
+            none = torch.full((2, len(self.path)), torch.inf)
+            thresholds, keep_thresholds = (none if self.thresholds is None else self.thresholds)[:, query.timesteps]
+            query = replace(query, thresholds=thresholds, keep_thresholds=keep_thresholds)
+        return query
 
     def predict(self, rows: Rows) -> Tensor:
         """Return the network's output for rows on the device."""
@@ -79,27 +93,30 @@ class Problem:
         return self.network.predict(rows.noisy, self.model_timesteps[rows.timesteps], conditions)
 
     def measure_thresholds(self, settings: Settings, training_set: TrainingSet) -> None:
-        """Measure, with the starting model, the losses up to which a forget image is pushed."""
-        started, rows = time.perf_counter(), training_set.calibration_rows
-
-        def predict_on_host(noisy: Tensor, timesteps: Tensor, images: list[int]) -> Tensor:
-            conditions = None
-            if self.samples.conditions is not None:
-                conditions = self.samples.conditions[[self.samples.keep_conditions[rows[image]] for image in images]]
-            model_timesteps = self.model_timesteps[timesteps.to(self.device)]
-            return self.network.predict(noisy.to(self.device), model_timesteps, conditions).float().cpu()
-
-        span = min(low for low, _ in self.forget_ranges), max(high for _, high in self.forget_ranges)
-        self.thresholds = measure_thresholds(
-            lambda image, generator: self.samples.keep.load(rows[image], generator),
+        """Measure, with the starting model, the losses up to which a forget image is pushed: a quantile of those of images
+        to keep, the mean of those of strangers, or the higher of both."""
+        started, samples, rows = time.perf_counter(), self.samples, training_set.calibration_rows
+        source = threshold_source(settings, self.method)
+        numbers = None
+        if samples.conditions is not None:
+            numbers = [samples.keep_conditions[row] for row in rows]
+        keep = self._losses(
+            lambda image, generator: samples.keep.load(rows[image], generator),
             len(rows),
-            self.path,
-            predict_on_host,
-            span,
+            numbers,
+            settings,
             settings.calibrate_forgetting,
-            settings.seed,
-            settings.eval_batch_size,
+            CALIBRATION,
         )
+        tau, calls = keep, NUM_BINS * DRAWS_PER_BIN
+        if source != "keep":
+            if samples.conditions is not None:
+                numbers = [samples.forget_conditions[image] for image in samples.stranger_sources]
+            strangers = self._losses(
+                samples.strangers.load, len(samples.strangers), numbers, settings, None, STRANGERS
+            )
+            tau, calls = strangers if source == "strangers" else torch.maximum(keep, strangers), 2 * calls
+        self.thresholds = torch.stack([tau, keep]) if "thresholds" in self.method.needs else tau
         self.network.reshard()
         if self.thresholds.isnan().any():
             raise RunError(
@@ -107,8 +124,37 @@ class Problem:
                 " bf16 or no, or look at the model"
             )
         logger.info(
-            f"Measured the losses to forget up to: {NUM_BINS * DRAWS_PER_BIN} network calls,"
-            f" {time.perf_counter() - started:.1f} s"
+            f"Measured the losses to forget up to: {calls} network calls, {time.perf_counter() - started:.1f} s"
+        )
+
+    def _losses(
+        self,
+        load: Callable[[int, np.random.Generator], Tensor],
+        num_images: int,
+        conditions: list[int] | None,
+        settings: Settings,
+        quantile: float | None,
+        purpose: int,
+    ) -> Tensor:
+        """Return the thresholds `(T,)` that images of one kind have, each under its condition."""
+
+        def predict_on_host(noisy: Tensor, timesteps: Tensor, images: list[int]) -> Tensor:
+            told = None if conditions is None else [conditions[image] for image in images]
+            model_timesteps = self.model_timesteps[timesteps.to(self.device)]
+            output = self.network.predict(noisy.to(self.device), model_timesteps, self.samples.conditions_of(told))
+            return output.float().cpu()
+
+        span = min(low for low, _ in self.forget_ranges), max(high for _, high in self.forget_ranges)
+        return measure_thresholds(
+            load,
+            num_images,
+            self.path,
+            predict_on_host,
+            span,
+            quantile,
+            settings.seed,
+            settings.eval_batch_size,
+            purpose,
         )
 
     def make_gradients(self, run: Run, rule: Rule) -> PairedGradients:
@@ -117,7 +163,8 @@ class Problem:
         return PairedGradients(
             self.network.parameters,
             rule,
-            thresholds=self.thresholds,
+            # Of a method that subtracts nothing they are part of the rows.
+            thresholds=self.thresholds if self.method.subtracts_forget else None,
             reduce=torch.distributed.all_reduce if accelerator.num_processes > 1 else None,
             scaler=accelerator.scaler,
             owns_grad=accelerator.distributed_type != DistributedType.DEEPSPEED,

@@ -9,18 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS
 from siss_diffusers.data.latents import Latents, LoadsImages, nearest_neighbors
 from siss_diffusers.data.pairs import PairDataset, WindowSampler, first_positions, window_loader
+from siss_diffusers.data.strangers import Strangers
 from siss_diffusers.draws import shuffled_index
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families import Conditions, Family
 from siss_diffusers.families.prompts import Prompts
 from siss_diffusers.methods import Method
 from siss_diffusers.settings import Settings
+from siss_diffusers.training.redirection import KeepPosterior
 from siss_diffusers.training.training_set import TrainingSet, crops_are_random
 
 
 logger = logging.getLogger(__name__)
+
+# Strangers are made of at most so many of the images to forget: more than a threshold is measured on.
+MAX_TURNED_IMAGES = NUM_BINS * DRAWS_PER_BIN // 3
 
 
 @dataclass
@@ -31,6 +37,9 @@ class Samples:
         keep, forget: what to keep and what to forget, as the network sees it.
         is_cached: whether all latents that will be drawn are in memory, so that the VAE is not needed.
         neighbors: of each forget image, for a method that needs them.
+        keep_posterior: what forget images are redirected to, for a method that needs it.
+        strangers: images that the model never saw, where thresholds are measured on them.
+        stranger_sources: the forget image that each stranger was made of.
         conditions: a row for each distinct prompt that is used; None for unconditional models.
         keep_conditions, forget_conditions: the row of each image.
         forget_prompt_rows: rows of the distinct prompts of the forget images.
@@ -42,6 +51,9 @@ class Samples:
     forget: LoadsImages
     is_cached: bool = False
     neighbors: list[list[int]] | None = None
+    keep_posterior: KeepPosterior | None = None
+    strangers: LoadsImages | None = None
+    stranger_sources: tuple[int, ...] = ()
     conditions: Conditions | None = None
     keep_conditions: dict[int, int] | None = None
     forget_conditions: list[int] | None = None
@@ -77,7 +89,7 @@ def drawn_images(
     forget_rows = {shuffled_index(settings.seed, 1, position, num_forget) for position in positions}
     if "neighbors" in method.needs:
         forget_rows = set(range(num_forget))
-    keep_rows |= {*training_set.calibration_rows, *training_set.neighbor_rows}
+    keep_rows |= training_set.compared_rows
     return Drawn(sorted(keep_rows), sorted(forget_rows))
 
 
@@ -114,6 +126,10 @@ def prepare_samples(
     """
     split = training_set.split
     samples = Samples(split.train, split.forget)
+    if threshold_source(settings, method) in ("strangers", "both"):
+        strangers = Strangers(split.forget, images_to_turn(settings.seed, split.forget_digests))
+        samples.strangers = strangers
+        samples.stranger_sources = tuple(strangers.source_of(index) for index in range(len(strangers)))
     if family.has_prompts:
         number_prompts(settings, family, pipeline, training_set, drawn, samples, device)
     if family.has_latents:
@@ -131,7 +147,29 @@ def prepare_samples(
             samples.keep_conditions,
             samples.forget_conditions,
         )
+    if "posterior_mean" in method.needs:
+        rows, other_rows = training_set.redirect_rows, training_set.other_redirect_rows
+        samples.keep_posterior = KeepPosterior.of_rows(samples.keep, rows, other_rows, samples.keep_conditions, device)
+        images = samples.keep_posterior.images
+        logger.info(f"Redirecting to {len(images)} images to keep, which take {images.nbytes / 1e6:.0f} MB")
     return samples
+
+
+def images_to_turn(seed: int, digests: list[bytes]) -> list[int]:
+    """Choose the images to forget that strangers are made of: the first in the order in which they are drawn, each picture
+    once however many copies of it there are."""
+    chosen: dict[bytes, int] = {}
+    for position in range(len(digests)):
+        index = shuffled_index(seed, 1, position, len(digests))
+        chosen.setdefault(digests[index], index)
+    return list(chosen.values())[:MAX_TURNED_IMAGES]
+
+
+def threshold_source(settings: Settings, method: Method) -> str | None:
+    """Return whose losses set the thresholds, one of `THRESHOLD_SOURCES`; None where there are none."""
+    if settings.calibrate_forgetting is None:
+        return None
+    return settings.threshold_source or method.threshold_source
 
 
 def number_prompts(
@@ -190,6 +228,9 @@ def encode_images(
             f" their latents take {(keep.cached_bytes + forget.cached_bytes) / 1e6:.0f} MB of memory"
         )
     samples.keep, samples.forget, samples.is_cached = keep, forget, cache
+    if samples.strangers is not None:
+        samples.strangers = Latents(samples.strangers, encode, scale)
+        samples.strangers.cache(range(len(samples.strangers)))
 
 
 def free_encoders(family: Family, pipeline: Any, keep_vae: bool) -> None:

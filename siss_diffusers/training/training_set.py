@@ -10,6 +10,7 @@ from torch import Tensor, stack
 from siss_diffusers.calibration import DRAWS_PER_BIN, NUM_BINS
 from siss_diffusers.data.captions import load_captions, same_captions
 from siss_diffusers.data.images import Images, ImageTransform
+from siss_diffusers.data.keep_order import KeepOrder
 from siss_diffusers.data.latents import MAX_NEIGHBOR_CANDIDATES
 from siss_diffusers.data.split import GivenRows, Split, split_data
 from siss_diffusers.families import Family
@@ -32,6 +33,8 @@ class TrainingSet:
         calibration_rows: images whose losses the thresholds of calibrated forgetting are measured on.
         detector_rows: images that the copy detectors are calibrated on.
         neighbor_rows: images among which the neighbours of forget images are searched.
+        redirect_rows: images that forget images are redirected to, of the same prompts.
+        other_redirect_rows: those that stand in where a prompt has none, or there are no prompts.
     """
 
     split: Split
@@ -40,6 +43,13 @@ class TrainingSet:
     calibration_rows: list[int]
     detector_rows: list[int]
     neighbor_rows: list[int]
+    redirect_rows: list[int]
+    other_redirect_rows: list[int]
+
+    @property
+    def compared_rows(self) -> set[int]:
+        """Return the rows of the keep set that are encoded beside those of the pairs."""
+        return {*self.calibration_rows, *self.neighbor_rows, *self.redirect_rows, *self.other_redirect_rows}
 
     def captions_of(self, rows: Sequence[int]) -> list[str]:
         """Return the prompts of rows of the training set."""
@@ -110,6 +120,11 @@ def read_training_set(
 
     validates = settings.validation_steps or settings.validation_epochs or settings.save_images_epochs
     neighbor_rows = order.first(MAX_NEIGHBOR_CANDIDATES, alike) if "neighbors" in method.needs else []
+    redirect_rows, other_redirect_rows = [], []
+    if "posterior_mean" in method.needs:
+        redirect_rows, other_redirect_rows = rows_to_redirect_to(
+            order, train_captions, forget_captions, settings.num_redirect_images
+        )
     return TrainingSet(
         split,
         train_captions,
@@ -117,7 +132,23 @@ def read_training_set(
         first_alike(NUM_BINS * DRAWS_PER_BIN, settings.calibrate_forgetting is not None),
         first_alike(MAX_KEEP_IMAGES, bool(validates)),
         neighbor_rows,
+        redirect_rows,
+        other_redirect_rows,
     )
+
+
+def rows_to_redirect_to(
+    order: KeepOrder, train_captions: pa.ChunkedArray | None, forget_captions: list[str] | None, count: int
+) -> tuple[list[int], list[int]]:
+    """Choose the images to keep that forget images are redirected to: the first of the order, whatever is drawn.
+
+    Returns:
+        Up to `count` rows of each prompt of a forget image; and up to `count` rows of any prompt, where a prompt has none.
+    """
+    if train_captions is None:
+        return [], order.first(count)
+    by_prompt = [order.first(count, same_captions(train_captions, [caption])) for caption in set(forget_captions)]
+    return sorted({row for rows in by_prompt for row in rows}), [] if all(by_prompt) else order.first(count)
 
 
 def log_counts(training_set: TrainingSet) -> None:
@@ -139,5 +170,5 @@ def crops_are_random(settings: Settings, training_set: TrainingSet) -> bool:
     if settings.center_crop:
         return False
     split = training_set.split
-    used = {*split.order.drawn.tolist(), *training_set.calibration_rows, *training_set.neighbor_rows}
+    used = {*split.order.drawn.tolist(), *training_set.compared_rows}
     return not (split.train.all_square(used) and split.forget.all_square())

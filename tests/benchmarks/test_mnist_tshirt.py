@@ -79,6 +79,9 @@ class TestSettings:
             path=path,
             uniform=torch.rand_like(image),
             neighbors=image.unsqueeze(1),
+            posterior_mean=image,
+            thresholds=torch.ones(2),
+            keep_thresholds=torch.ones(2),
         )
         two = {name for name in settings.COMPARED if len(METHODS[name]().rows(query)) == 4}
         assert two == set(settings.TWO_ROWS)

@@ -34,7 +34,7 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def pixels(content: bytes, channels: int = 3) -> np.ndarray:
-    return np.asarray(images.to_channels(read_image(content), channels))
+    return np.asarray(viewing.to_channels(read_image(content), channels))
 
 
 def digest(content: bytes, channels: int = 3) -> bytes:

@@ -1,6 +1,7 @@
 """Near copies are found, and pictures that are only alike are spared."""
 
 from io import BytesIO
+from math import inf
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.data import near_copies
 from siss_diffusers.data.images import Images, ImageTransform
 from siss_diffusers.data.keep_order import KeepOrder, read_in_parts
-from siss_diffusers.data.near_copies import Match, NearCopies, thumbnail
+from siss_diffusers.data.near_copies import Limits, Match, NearCopies, thumbnail
 from siss_diffusers.data.sources import ImageRows
 from siss_diffusers.data.split import GivenRows, split_data
 from siss_diffusers.errors import UsageError
@@ -140,14 +141,14 @@ class TestRule:
 
     @pytest.mark.parametrize(
         "ordinary, threshold",
-        [([], 0.95), ([0.2, 0.7], 0.95), ([0.9, 0.3], 0.98), ([0.9, 0.94, 0.96, 0.999], 0.988)],
+        [([], 0.95), ([0.2, 0.7], 0.95), ([0.9, 0.3], 0.98), ([0.1, 0.2, 0.3, 0.4, 0.9, 0.94, 0.96, 0.999], 0.988)],
     )
     def test_the_threshold_is_five_times_nearer_than_the_most_similar_ordinary_image(self, ordinary, threshold):
         """And copies among the ordinary images, from 0.95 on, do not raise it."""
         (forget,) = self.noise(1)
         others = torch.stack([self.like(forget, similarity) for similarity in ordinary] or [torch.zeros_like(forget)])
         search = NearCopies({b"forget": forget}, lambda: others)
-        assert search.threshold(0) == pytest.approx(threshold, abs=1e-5)
+        assert search.limits(0) == Limits(pytest.approx(threshold, abs=1e-5), inf)
         above, below = self.like(forget, threshold + 0.004), self.like(forget, threshold - 0.004)
         assert search.find(torch.stack([above, below])) == [Match(b"forget", pytest.approx(threshold + 0.004)), None]
 
@@ -258,9 +259,11 @@ class TestOrder:
         assert mended.flags(damaged)["any"].tolist() == [True] and blind.flags(damaged)["any"].tolist() == [False]
         assert mended.min_correlation < 0.93 < 0.99 < blind.min_correlation
 
-    def test_a_keep_set_of_nothing_but_near_copies_is_refused_with_the_flag(self):
+    def test_pictures_that_differ_in_brightness_alone_are_no_copies_of_each_other(self):
+        """All of them correlate with the forget image; only the one that is near in its pixels is a copy."""
         forget = photographs()[0].resize((64, 64))
-        copies = [np.asarray(jpeg(forget, quality)) for quality in (50, 70, 90)]
-        given = GivenRows(*(ImageRows(embedded(part), "image", "--x") for part in (copies, [np.asarray(forget)])))
-        with pytest.raises(UsageError, match="nothing to keep.*--no-drop_near_duplicates keeps near copies"):
-            split_data(given, ImageTransform(3, 32), 0)
+        others = [np.asarray(ImageEnhance.Brightness(forget).enhance(factor)) for factor in (0.3, 0.5, 0.7, 1.3, 1.5)]
+        parts = [*others, np.asarray(jpeg(forget, 90))], [np.asarray(forget)]
+        given = GivenRows(*(ImageRows(embedded(part), "image", "--x") for part in parts))
+        split = split_data(given, ImageTransform(3, 32), 0)
+        assert list(split.order.near_copies) == [5] and split.counts()["keep"] == 5

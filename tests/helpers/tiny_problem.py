@@ -57,6 +57,7 @@ def draw_query(batch=12, seed=0, path=PATHS["epsilon"], distances=(0.2, 3.0), fr
     keep, noise = (torch.randn(batch, *SHAPE, generator=generator) for _ in range(2))
     distance = torch.tensor(distances).repeat(batch)[:batch, None, None, None]
     neighbors = keep[:, None] + 0.3 * torch.randn(batch, 3, *SHAPE, generator=generator)
+    tau = torch.rand(2, batch, generator=torch.Generator().manual_seed(seed))
     return Query(
         keep=keep,
         forget=keep + distance * torch.randn(batch, *SHAPE, generator=generator),
@@ -66,6 +67,9 @@ def draw_query(batch=12, seed=0, path=PATHS["epsilon"], distances=(0.2, 3.0), fr
         path=path,
         uniform=torch.rand(batch, *SHAPE, generator=generator),
         neighbors=neighbors,
+        posterior_mean=neighbors.mean(1),
+        thresholds=tau.amax(0),
+        keep_thresholds=tau[0],
     )
 
 

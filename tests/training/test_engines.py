@@ -51,6 +51,8 @@ CASES = {
     "full, fixed": (SD, {"--forget_scaling": "fixed"}, 2),
     "LoRA": (SD, {"--use_lora": None, "--calibrate_forgetting": "0.75", "--gradient_checkpointing": None}, 2),
     "LoRA, one-sided ranks": (SD, {"--use_lora": None, "--method": "subscore_bernoulli"}, 1),
+    "unconditional, redirect": (UNCONDITIONAL, {"--method": "redirect", "--calibrate_forgetting": "0.75"}, 2),
+    "LoRA, redirect": (SD, {"--use_lora": None, "--method": "redirect"}, 2),
     "LoRA, two network calls": (SD, {"--use_lora": None, "--method": "siss_no_is", "--forget_scaling": "nash"}, 2),
 }
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
