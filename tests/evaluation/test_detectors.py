@@ -3,6 +3,7 @@
 import torch
 
 from siss_diffusers.assets.captioned import flower_images, memorized_image
+from siss_diffusers.evaluation import detectors as module
 from siss_diffusers.evaluation.detectors import Detectors
 from siss_diffusers.metrics.damage import DAMAGES, damaged
 
@@ -49,9 +50,12 @@ def test_clusters_are_left_out_with_the_reason_where_they_tell_nothing():
     assert detectors.settings["cluster"]["silhouette"] > 0.25
 
 
-def test_the_damage_table_is_that_of_each_image():
+def test_the_damage_table_is_that_of_each_image_with_noise_of_its_own(monkeypatch):
+    shown = []
+    monkeypatch.setattr(module, "damaged", lambda image, seed: shown.append(seed) or damaged(image, seed))
     detectors = Detectors(torch.cat([MEMORIZED, FLOWERS[:1]]), FLOWERS[1:])
     table = detectors.damage_table(seed=3)
+    assert shown == [3, 4]
     for damage in ("hue", "noise"):
         images = torch.stack([damaged(image, 3 + index)[damage] for index, image in enumerate(detectors.references)])
         for detector, flags in detectors.flags(images).items():

@@ -26,6 +26,7 @@ def test_prompts_took_turns_and_those_without_a_class_do_not_count():
     assert measured({"a": 0, "b": 1}, ("a", "b", "c"), 8) == {"classifier_accuracy": 0.5}
     assert measured({"a": 0, "b": 1}, ("a", "b"), 5) == {"classifier_accuracy": pytest.approx(2 / 5)}
     assert measured({"b": 1}, ("a", "b"), 5) == {"classifier_accuracy": 1.0}
+    assert measured({"a": 0, "b": 1}, ("b", "a", "c"), 4) == {"classifier_accuracy": pytest.approx(2 / 3)}
 
 
 def test_without_a_class_or_a_classifier_there_is_none():
