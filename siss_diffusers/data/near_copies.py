@@ -23,6 +23,8 @@ from siss_diffusers.similarity import correlation, correlations, shrink
 MIN_SIMILARITY = 0.95
 GAP = 5
 ALIKE = 0.9
+# So few numbers do not tell a copy from a picture of the same thing, unless they are equal.
+MIN_NUMBERS = 1_000
 # Pictures are compared at this size at most. A crop by 5 % moves what it shows by less than a pixel then.
 SIZE = 32
 # What a crop by up to 6 % has enlarged.
@@ -122,7 +124,8 @@ class NearCopies:
             similarity = self.similarity(self.ordinary, index)
             if similarity.median() >= ALIKE:
                 distance = self.distance(self.ordinary, index).median().item() / GAP
-                self._limits[index] = Limits(MIN_SIMILARITY, distance)
+                tells = self.references[index].numel() >= MIN_NUMBERS
+                self._limits[index] = Limits(MIN_SIMILARITY, distance if tells else 0.0)
             else:
                 # Near copies among the ordinary images, which are above, say nothing about the others.
                 highest = max([value for value in similarity.tolist() if value < MIN_SIMILARITY], default=0.0)
