@@ -34,6 +34,7 @@ from siss_diffusers.families import NamedPipeline, StableDiffusion
 from siss_diffusers.families.loading import load_for_sampling
 from siss_diffusers.metrics import METRICS
 from siss_diffusers.metrics.pictures import frame_copies
+from siss_diffusers.quiet import quiet_loading
 from siss_diffusers.storage.checkpoints import list_checkpoints
 from siss_diffusers.storage.files import write_json
 
@@ -178,10 +179,13 @@ def main() -> None:
         "--seed": str(args.seed),
         "--report_to": "none",
     }
+    print("Unlearning the flower: a LoRA adapter by train_siss_sd.py", flush=True)
     train_seconds = launch("train_siss_sd.py", flags | SETTINGS)
 
+    print("Measuring the base and the adapter on the same seeds", flush=True)
     evaluator = make_evaluator(args.seed, args.num_forget_samples, args.num_digit_samples)
     evaluation = evaluator.evaluate({"base": load_pipeline, "unlearned": lambda: load_pipeline(adapter)})
+    print("Drawing the pictures and the curve over the checkpoints", flush=True)
     base, unlearned = evaluator.model("base", load_pipeline()), evaluator.model("unlearned", load_pipeline(adapter))
     blocks = draw_grid(
         args.output_dir / "before_after.png",
@@ -257,4 +261,5 @@ def print_table(results: dict[str, dict], args: argparse.Namespace, same_at_scal
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_loading():
+        main()

@@ -27,6 +27,7 @@ from siss_diffusers.evaluation import EvaluationData, EvaluationSettings, Evalua
 from siss_diffusers.families import NamedPipeline, Unconditional
 from siss_diffusers.metrics import METRICS
 from siss_diffusers.metrics.pictures import save_grid
+from siss_diffusers.quiet import quiet_loading
 from siss_diffusers.storage.checkpoints import list_checkpoints
 from siss_diffusers.storage.files import write_json
 from siss_diffusers.storage.tensors import load_state
@@ -148,12 +149,15 @@ def main() -> None:
         "--seed": str(args.seed),
         "--report_to": "none",
     }
+    print("Unlearning the garment by train_siss_unconditional.py", flush=True)
     train_seconds = launch("train_siss_unconditional.py", flags)
+    print("Measuring the base and the unlearned model on the same seeds", flush=True)
 
     evaluator = make_evaluator(args.seed, args.num_samples, args.num_keep_images)
     folders = {"base": MODEL, "unlearned": args.output_dir / "model"}
     evaluation = evaluator.evaluate({name: partial(load_pipeline, folder) for name, folder in folders.items()})
     samples = {name: kinds["samples"] for name, kinds in evaluation.samples.items()}
+    print("Following the copies over the checkpoints", flush=True)
     curve = forgetting_curve(evaluator, args, samples)
 
     # The same seeds in both pictures.
@@ -222,4 +226,5 @@ def print_table(results: dict, args: argparse.Namespace, train_seconds: float, s
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_loading():
+        main()
