@@ -34,6 +34,10 @@ BUILDERS = {
 }
 PROMPTS = ["a photograph", ""]
 
+with_prompts = pytest.mark.parametrize(
+    "folder", [family for family in BUILDERS if family.has_prompts], indirect=True, ids=lambda family: family.__name__
+)
+
 
 @pytest.fixture(scope="module", params=BUILDERS, ids=lambda family: family.__name__)
 def folder(request, tmp_path_factory):
@@ -54,14 +58,6 @@ def loaded(folder):
     source.load_network(family, pipeline)
     family.network(pipeline).eval()
     return family, pipeline
-
-
-@pytest.fixture
-def prompted(loaded):
-    """As `loaded`, of the families with prompts."""
-    if not loaded[0].has_prompts:
-        pytest.skip("it has no prompts")
-    return loaded
 
 
 def conditions_of(family, pipeline, count: int) -> tuple[Conditions, Conditions | None]:
@@ -105,27 +101,30 @@ def test_a_pipeline_in_memory_reads_as_the_one_on_the_disk(folder):
     assert names[0] == names[1]
 
 
-def test_prompts_of_the_same_tokens_are_one_condition(prompted):
-    prompts = Prompts(*prompted)
+@with_prompts
+def test_prompts_of_the_same_tokens_are_one_condition(loaded):
+    prompts = Prompts(*loaded)
     assert prompts.number(["a photograph", "A  Photograph", "another", "a photograph"]) == [0, 0, 1, 0]
     assert prompts.number([]) == [] and prompts.number(["another"]) == [1]
     table, row_of = prompts.embed([1, 1, 0])
     assert len(table) == 2 and row_of == {0: 0, 1: 1}
     assert prompts.truncated == 0
-    prompts.number(["long " * prompted[0].max_prompt_tokens(prompted[1])])
+    prompts.number(["long " * loaded[0].max_prompt_tokens(loaded[1])])
     assert prompts.truncated == 1
 
 
-def test_a_prompt_is_what_the_pipeline_makes_of_it(prompted):
-    family, pipeline = prompted
+@with_prompts
+def test_a_prompt_is_what_the_pipeline_makes_of_it(loaded):
+    family, pipeline = loaded
     table, expected = family.embed(pipeline, PROMPTS), encoded(pipeline, PROMPTS)
     assert table.tensors and len(table) == len(PROMPTS)
     for name, tensor in table.tensors.items():
         assert any(tensor.equal(other) for other in expected), name
 
 
-def test_prompts_are_embedded_in_batches(prompted, monkeypatch):
-    family, pipeline = prompted
+@with_prompts
+def test_prompts_are_embedded_in_batches(loaded, monkeypatch):
+    family, pipeline = loaded
     encode, lengths = pipeline.encode_prompt, []
 
     def spy(prompt, *args, **kwargs):

@@ -167,11 +167,14 @@ def test_a_compiled_network_is_compiled_once_for_all_sizes_of_groups(base_args, 
 
 
 def test_8bit_adam(base_args, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    try:
-        main(to_argv(base_args | {"--use_8bit_adam": None}))
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    weights = torch.nn.Parameter(torch.zeros(4096, device="cuda" if torch.cuda.is_available() else "cpu"))
+    weights.grad = torch.ones_like(weights)
+    try:  # asked of bitsandbytes alone: an error of the script is a failure
+        bitsandbytes.optim.AdamW8bit([weights]).step()
     except (NotImplementedError, RuntimeError) as error:
         pytest.skip(f"this bitsandbytes has no 8-bit optimizer for this device: {error}")
+    main(to_argv(base_args | {"--use_8bit_adam": None}))
     assert len(read_log(tmp_path / "out")) == 2
 
 
