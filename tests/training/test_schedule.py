@@ -41,9 +41,8 @@ def test_it_is_refused_before_the_network_is_read(name, base_args, tmp_path, mon
     (model / UNET).write_bytes(b"torn")
     flow = FlowMatchEulerDiscreteScheduler()
     monkeypatch.setattr(Unconditional, "training_scheduler", lambda *_: flow)
-    if name != "snr_gamma":
-        flow.save_pretrained(model / "scheduler")
-        index = (model / "model_index.json").read_text()
-        (model / "model_index.json").write_text(index.replace("DDPMScheduler", "FlowMatchEulerDiscreteScheduler"))
+    flow.save_pretrained(model / "scheduler")
+    index = (model / "model_index.json").read_text()
+    (model / "model_index.json").write_text(index.replace("DDPMScheduler", "FlowMatchEulerDiscreteScheduler"))
     flags = {"--pretrained_model_name_or_path": str(model), f"--{name}": str(REFUSED[name])}
     assert_refused(train_siss_unconditional.main, base_args | flags, f"--{name} cannot be used", tmp_path, capfd)
