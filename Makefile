@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A process for each core, and a core for each process; the tests of a file share what they prepare.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SOURCES := siss_diffusers train_siss_unconditional.py train_siss_sd.py benchmarks examples tests setup.py
 
 .PHONY: demo demo-unconditional demo-audit test test-full bench style quality clean
@@ -17,10 +19,10 @@ demo-audit: $(INSTALLED)
 	$(BIN)/python examples/demo_audit.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/step_cost.py

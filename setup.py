@@ -21,6 +21,7 @@ extras["dev"] = [
     *extras["8bit"],
     *extras["quality"],
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "torchmetrics>=1.6",
 ]

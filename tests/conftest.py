@@ -9,7 +9,7 @@ import pytest
 
 
 # Before torch is imported: the processes of a launch, and whatever else runs on the machine, must not fight for cores.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from accelerate.state import AcceleratorState

@@ -55,6 +55,7 @@ CASES = {
     "LoRA, redirect": (SD, {"--use_lora": None, "--method": "redirect"}, 2),
     "LoRA, two network calls": (SD, {"--use_lora": None, "--method": "siss_no_is", "--forget_scaling": "nash"}, 2),
 }
+QUICK = ("unconditional", "LoRA", "LoRA, redirect", "LoRA, one-sided ranks")
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 FSDP2 |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResnetBlock2D"}
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -111,7 +112,9 @@ RUNS = [
     # Measuring thresholds takes long under FSDP 2, for every forward waits for the other processes.
     pytest.param(
         *(case, engine, num_processes),
-        marks=[pytest.mark.slow] if num_processes == 4 or (engine == "fsdp2" and calibrated) else [],
+        marks=[]
+        if case in QUICK and num_processes == 2 and not (engine == "fsdp2" and calibrated)
+        else [pytest.mark.slow],
     )
     for case, calibrated in ((case, "--calibrate_forgetting" in CASES[case][1]) for case in CASES)
     for engine in ("ddp", "fsdp2")
