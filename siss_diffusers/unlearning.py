@@ -110,11 +110,13 @@ def unlearn_from_settings(settings: Settings, *, with_prompts: bool) -> Outcome:
 
 
 def with_family_defaults(settings: Settings, family: Family, source: PipelineSource) -> Settings:
-    """Fill in the defaults that depend on the family, and check the targets of an adapter.
+    """Fill in the defaults that depend on the model, and check the targets of an adapter.
 
     Raises:
         UsageError: for a layer that the network does not have.
     """
+    if settings.learning_rate is None:
+        settings = settings.replace(learning_rate=settings.default_learning_rate(family.width(source)))
     if not family.lora_targets:
         return settings
     settings = settings.replace(lora_target_modules=list(settings.lora_target_modules or family.lora_targets))

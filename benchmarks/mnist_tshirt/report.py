@@ -6,7 +6,7 @@ what is between its two marks there: `<!-- begin NAME -->` and `<!-- end NAME --
 
 import argparse
 import json
-import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from run import chosen_setting, forgotten
 from settings import COMPARED, LONGER, RECOMMENDED, SWEEP, THOROUGH, describe
+from tables import replace_tables, table
 
 from siss_diffusers.metrics.copies import wilson_interval
 
@@ -92,11 +96,6 @@ def copies(lines: list[Line]) -> str:
     hits = round(sum(line["copy_share"] * line["samples"] for line in lines))
     low, high = wilson_interval(hits, trials)
     return f"{100 * hits / trials:.3f} [{100 * low:.3f}, {100 * high:.3f}]"
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def reference_rows(lines: dict[str, Line]) -> list[tuple[str, str, list[Line]]]:
@@ -327,11 +326,6 @@ def plot_calibration(path: Path, lines: dict[str, Line]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def replace(text: str, name: str, content: str) -> str:
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.S)
-
-
 TABLES: dict[str, Callable[[dict[str, Line]], str]] = {
     "summary": summary_table,
     "main": main_table,
@@ -347,11 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     tables = {name: make(lines) for name, make in TABLES.items()}
     for name, content in tables.items():
         print(f"{name}\n\n{content}\n")
-    for readme in args.readme:
-        text = readme.read_text()
-        for name, content in tables.items():
-            text = replace(text, name, content)
-        readme.write_text(text)
+    replace_tables(args.readme, tables)
     plot_pareto(args.results.with_name("pareto.png"), lines)
     plot_calibration(args.results.with_name("calibration.png"), lines)
 

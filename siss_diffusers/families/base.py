@@ -149,6 +149,10 @@ class Family(ABC):
             UsageError: for a network that is not supported, or a resolution that it does not take.
         """
 
+    def width(self, source: PipelineSource) -> int:
+        """Return the channels of the network's widest block, which the default learning rate goes by."""
+        return max(source.component_config(self.network_name)["block_out_channels"])
+
     def network(self, pipeline) -> nn.Module:
         """Return the component that is trained."""
         return getattr(pipeline, self.network_name)

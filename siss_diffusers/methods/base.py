@@ -154,6 +154,7 @@ class Method(ABC):
         needs: what a query must hold beside the pair: any of `uniform`, `posterior_mean`, `thresholds`, and
             `neighbors` (then the method has a hyperparameter `num_neighbors`).
         threshold_source: whose losses set the thresholds by default: `keep`, `strangers`, or `both`, the higher.
+        learns_keep: whether it learns from keep images.
         has_both_sides: whether it learns from keep images and from forget images.
     """
 
@@ -164,6 +165,7 @@ class Method(ABC):
     subtracts_forget: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     threshold_source: ClassVar[str] = "keep"
+    learns_keep: ClassVar[bool] = True
     has_both_sides: ClassVar[bool] = True
 
     @property

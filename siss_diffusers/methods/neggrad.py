@@ -22,6 +22,7 @@ class NegGrad(Method):
         "https://arxiv.org/abs/1911.04933",
     )
     subtracts_forget = True
+    learns_keep = False
     has_both_sides = False
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from siss_diffusers.settings.shared import Settings
 
 
 def resolve(settings: Settings) -> tuple[Settings, Method, Rule]:
-    """Check settings and fill in the defaults that depend on others.
+    """Check settings and fill in the defaults that depend on others, but for those that depend on the model.
 
     Returns:
         The settings of the run, its method, and the rule that combines the two gradients.
@@ -35,8 +35,6 @@ def resolve(settings: Settings) -> tuple[Settings, Method, Rule]:
         scaling = scaling_rule(settings.forget_scaling or "relative", settings.forget_scale)
     except ValueError as error:
         raise UsageError(f"--forget_scale: {error}")
-    if settings.learning_rate is None:
-        settings = settings.replace(learning_rate=settings.default_learning_rate)
     if settings.max_train_steps is None and settings.num_train_epochs is None:
         settings = settings.replace(max_train_steps=settings.default_steps)
     return settings, method, method.rule(scaling)
@@ -103,6 +101,11 @@ def method_of(settings: Settings) -> Method:
             f" {methods_with('takes_scaling')}"
         )
     check_calibration(settings, method)
+    if settings.keep_target == "base" and not method.learns_keep:
+        raise UsageError(
+            f"--keep_target base: --method {method.name} does not learn from images to keep; drop it, or use"
+            f" {methods_with('learns_keep')}"
+        )
     if settings.forget_timestep_ranges is not None and not method.has_both_sides:
         raise UsageError(
             f"--forget_timestep_ranges needs a keep side and a forget side, not --method {method.name}; use"

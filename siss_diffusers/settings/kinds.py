@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from siss_diffusers.errors import UsageError
 from siss_diffusers.parsing import non_negative_float, path, positive_float, positive_int, unit_float
 from siss_diffusers.settings.fields import setting, switch
-from siss_diffusers.settings.shared import INTERPOLATIONS, VALIDATION, AdapterSettings, Settings
+from siss_diffusers.settings.shared import INTERPOLATIONS, UNLEARNING, VALIDATION, AdapterSettings, Settings
 
 
 LORA = "LoRA"
@@ -22,7 +22,8 @@ class UnconditionalSettings(Settings):
         " as google/ddpm-celebahq-256.", parse=path)
     output_dir: str = setting("siss-ddpm", "Where the result and the checkpoints are written.", resume="free",
         parse=path)
-    learning_rate: float | None = setting(None, "Of AdamW; default: 5e-6.", parse=non_negative_float, public=True)
+    learning_rate: float | None = setting(None, "Of AdamW; default: 5e-6 for a network 512"
+        " channels wide, and in inverse proportion for others.", parse=non_negative_float, public=True)
     max_train_steps: int | None = setting(None, "Optimizer steps; default: 60.", parse=positive_int, resume="length",
         public=True)
     num_train_epochs: int | None = setting(None, "Passes over the keep set, instead of --max_train_steps.",
@@ -67,7 +68,7 @@ class TextToImageSettings(Settings):
     """The settings of `train_siss_sd.py`, which mirrors diffusers' `train_text_to_image.py` and
     `train_text_to_image_lora.py`."""
 
-    default_learning_rate: ClassVar[float] = 1e-5
+    reference_width: ClassVar[int] = 1280  # Stable Diffusion 1.x, 2.x and XL
     default_steps: ClassVar[int] = 35
     calibrates_by_default: ClassVar[bool] = True
 
@@ -83,9 +84,15 @@ class TextToImageSettings(Settings):
         " random, by --random_flip, or by random crops of images that are not square.", resume="free", public=True)
     max_train_steps: int | None = setting(None, "Optimizer steps; default: 35.", parse=positive_int, resume="length",
         public=True)
-    learning_rate: float | None = setting(None, "Of AdamW; default: 1e-5, or 1e-4 with --use_lora.",
+    learning_rate: float | None = setting(None, "Of AdamW; default: 1e-5, or 1e-4 with"
+        " --use_lora, for a network 1,280 channels wide, and in inverse proportion for others.",
         parse=non_negative_float, public=True)
     tracker_project_name: str = setting("train_siss_sd", "Name of the project for the tracker.", resume="free")
+
+    keep_target: str = setting("noise", "What the network learns of images to keep that have other prompts than the"
+        " forget images: `noise`, the noise that was added, as in training; `base`, what the model answered before"
+        " unlearning, at the price of one more forward pass of these rows and, without --use_lora, of a second copy of the"
+        " network. Default: noise.", choices=("noise", "base"), group=UNLEARNING, public=True)
 
     use_lora: bool = switch("Train an adapter and leave the model as it is.", group=LORA, resume="fixed", public=True)
     rank: int = setting(4, "Rank of the adapter.", parse=positive_int, group=LORA, resume="fixed", public=True)
@@ -107,6 +114,10 @@ class TextToImageSettings(Settings):
     # fmt: on
 
     @property
+    def reference_learning_rate(self) -> float:
+        return 1e-4 if self.use_lora else 1e-5
+
+    @property
     def adapter(self) -> AdapterSettings | None:
         if not self.use_lora:
             return None
@@ -123,7 +134,4 @@ class TextToImageSettings(Settings):
                     raise UsageError(f"--{name} needs --use_lora")
         if self.validation_prompts and not (self.validation_steps or self.validation_epochs):
             raise UsageError("--validation_prompts needs --validation_steps, which says how often to look")
-        return self.replace(
-            lora_alpha=self.rank if self.lora_alpha is None else self.lora_alpha,
-            learning_rate=1e-4 if self.learning_rate is None and self.use_lora else self.learning_rate,
-        )
+        return self.replace(lora_alpha=self.rank if self.lora_alpha is None else self.lora_alpha)

@@ -35,7 +35,8 @@ METHODS_HELP = "; ".join(
 class Settings:
     """What a run is told. `resolve` of `siss_diffusers.settings` fills in the defaults that depend on others."""
 
-    default_learning_rate: ClassVar[float] = 5e-6
+    # The default learning rate is that of the paper's models, `reference_width` channels wide.
+    reference_width: ClassVar[int] = 512
     default_steps: ClassVar[int] = 60
     calibrates_by_default: ClassVar[bool] = False
     # Settings of some families only, and so no fields here.
@@ -43,6 +44,7 @@ class Settings:
     preserve_input_precision = False
     guidance_scale = 1.0
     validation_prompts = ()
+    keep_target = "noise"
     non_ema_revision = None
 
     # fmt: off
@@ -133,8 +135,8 @@ class Settings:
         parse=positive_int, metavar="K", group=UNLEARNING, public=True)
     calibrate_forgetting: Any = setting(None, f"Push a forget image only until its loss reaches this quantile"
         f" ({DEFAULT_QUANTILE} if not given) of the losses that the starting model has on images to keep, at the same"
-        " noise level; or `off`. Always on for redirect, if not `off`.", parse=quantile_or_off, nargs="?", const=DEFAULT_QUANTILE, metavar="QUANTILE",
-        group=UNLEARNING, resume="fixed", public=True)
+        " noise level; or `off`. Always on for redirect, if not `off`.", parse=quantile_or_off, nargs="?",
+        const=DEFAULT_QUANTILE, metavar="QUANTILE", group=UNLEARNING, resume="fixed", public=True)
     threshold_source: str | None = setting(None, "Whose losses --calibrate_forgetting goes by: `keep`, the quantile on"
         " images to keep; `strangers`, the mean on the images to forget turned by 90, 180 and 270 degrees, which the"
         " model never saw; `both`, the higher of the two. Default: both for redirect, otherwise keep.",
@@ -181,6 +183,16 @@ class Settings:
     save_model_epochs: int | None = setting(None, "Save the result every so many passes, too.", parse=positive_int,
         group=VALIDATION, resume="free", public=True)
     # fmt: on
+
+    @property
+    def reference_learning_rate(self) -> float:
+        """Return the learning rate of a network of `reference_width` channels."""
+        return 5e-6
+
+    def default_learning_rate(self, width: int) -> float:
+        """Return the learning rate of a network whose widest block has `width` channels: with Adam the best one falls as
+        1 / width (Tensor Programs V, arXiv 2203.03466)."""
+        return float(f"{self.reference_learning_rate * self.reference_width / width:.3g}")
 
     @property
     def adapter(self) -> "AdapterSettings | None":

@@ -104,6 +104,7 @@ def configure_fsdp(settings: Settings, accelerator: Accelerator) -> None:
     refused = {
         "--mixed_precision fp16": accelerator.mixed_precision == "fp16",
         "--use_8bit_adam": settings.use_8bit_adam,
+        "--keep_target base without --use_lora": settings.keep_target == "base" and settings.adapter is None,
         "--offload_ema": settings.offload_ema,
         "`dynamo_config`": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
         "`fsdp_offload_params`": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
@@ -129,6 +130,7 @@ def configure_deepspeed(settings: Settings, accelerator: Accelerator) -> None:
         "offloading": any(offload.get("device", "none") != "none" for offload in offloads),
         "`dynamo_config`": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
         "--use_8bit_adam": settings.use_8bit_adam,
+        "--keep_target base without --use_lora": settings.keep_target == "base" and settings.adapter is None,
         "--use_ema": settings.use_ema,
         "--resume_from_checkpoint": settings.resume_from_checkpoint is not None,
     }

@@ -1,5 +1,6 @@
 """The network that is trained, with its optimizer, its schedule and its moving average."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,9 @@ class TrainedNetwork:
             precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
             torch.manual_seed(torch_seed(settings.seed, ADAPTER))
             add_lora(network, settings.adapter, precision.get(settings.mixed_precision, torch.float32))
+        self.frozen_copy = None
+        if settings.keep_target == "base" and settings.adapter is None:
+            self.frozen_copy = copy.deepcopy(network).requires_grad_(False).eval().to(accelerator.device)
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         if settings.enable_xformers_memory_efficient_attention:
@@ -82,6 +86,19 @@ class TrainedNetwork:
     def predict(self, noisy: Tensor, model_timesteps: Tensor, conditions: Conditions | None) -> Tensor:
         """Call the network; `(B, C, H, W)`."""
         return self.family.predict(self.call, noisy, model_timesteps, conditions)
+
+    @torch.no_grad()
+    def predict_of_base(self, noisy: Tensor, model_timesteps: Tensor, conditions: Conditions | None) -> Tensor:
+        """Return what the network answered before the training: without its adapter, or by a frozen copy."""
+        if self.frozen_copy is not None:
+            with self.accelerator.autocast():
+                return self.family.predict(self.frozen_copy, noisy, model_timesteps, conditions).float()
+        self.module.disable_adapters()
+        try:
+            return self.predict(noisy, model_timesteps, conditions).float()
+        finally:
+            self.module.enable_adapters()
+            self.reshard()
 
     def step(self, gradients: PairedGradients, stats: StepStats) -> dict[str, float]:
         """Step down the combined gradient; a skipped step has none.

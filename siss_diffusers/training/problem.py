@@ -59,7 +59,7 @@ class Problem:
         self.model_timesteps = self.path.model_timesteps.to(self.device)
 
     def next_window(self, settings: Settings, progress: Progress) -> list[Rows]:
-        """Return the rows of this process for the next step, by method and path alone: the network has not run yet.
+        """Return the rows of this process for the next step, by method and path alone: what is trained has not run yet.
 
         Raises:
             RunError: where so many steps were skipped that no latents are left.
@@ -73,6 +73,8 @@ class Problem:
         for _ in range(settings.gradient_accumulation_steps):
             query = self._complete(Query(path=self.path, **next(self.batches)))
             rows = self.method.rows_within(query, forget_range)
+            if settings.keep_target == "base":
+                rows = self._with_targets_of_base(rows)
             weights = loss_weights(self.path, rows.timesteps, settings.snr_gamma)
             window.append(rows if weights is None else rows.reweighted(weights))
         return window
@@ -86,6 +88,22 @@ class Problem:
             thresholds, keep_thresholds = (none if self.thresholds is None else self.thresholds)[:, query.timesteps]
             query = replace(query, thresholds=thresholds, keep_thresholds=keep_thresholds)
         return query
+
+    def _with_targets_of_base(self, rows: Rows) -> Rows:
+        """Return rows whose keep target is the answer of the base, where it cannot know a forget image: not in rows made
+        from one, nor under the prompt of one."""
+        memorized = torch.tensor(self.samples.forget_prompt_rows)
+        chosen = (rows.keep_weight != 0) & ~rows.from_forget & ~torch.isin(rows.condition, memorized)
+        index = chosen.nonzero().flatten()
+        if len(index) == 0 and not self.network.sharded:
+            return rows
+        # All ranks of a sharded network run it equally often; a row that is not needed does no harm.
+        asked = rows[index if len(index) else torch.zeros(1, dtype=torch.long)].to(self.device)
+        conditions = self.samples.conditions_of(asked.condition)
+        answers = self.network.predict_of_base(asked.noisy, self.model_timesteps[asked.timesteps], conditions).cpu()
+        targets = rows.keep_target.clone()
+        targets[index] = answers[: len(index)]
+        return replace(rows, keep_target=targets)
 
     def predict(self, rows: Rows) -> Tensor:
         """Return the network's output for rows on the device."""

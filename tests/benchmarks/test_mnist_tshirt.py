@@ -202,10 +202,6 @@ class TestResults:
         with run.lock(tmp_path / "lock", wait=False) as first, run.lock(tmp_path / "lock", wait=False) as second:
             assert first and not second
 
-    def test_a_table_is_put_between_its_marks(self):
-        text = "a\n<!-- begin main -->\nold\n<!-- end main -->\nb"
-        assert report.replace(text, "main", "new") == "a\n<!-- begin main -->\nnew\n<!-- end main -->\nb"
-
 
 def start(data: Path, output_dir: Path, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(FOLDER / "run.py"), "--data", str(data), "--output_dir", str(output_dir), *flags]
