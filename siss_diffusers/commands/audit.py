@@ -24,12 +24,15 @@ from siss_diffusers.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
     announce,
+    check_same_settings,
+    check_unused_folder,
     count_of,
     load_pipeline,
     open_text_to_image_model,
     read_object,
     read_prompts,
     sampling_settings,
+    settings_of_samples,
     warn_of_long_prompts,
 )
 from siss_diffusers.errors import UsageError
@@ -148,14 +151,9 @@ def check_output_dir(output_dir: Path, settings: dict) -> None:
     """
     file = output_dir / "settings.json"
     if file.exists():
-        earlier = read_object("--output_dir", file)
-        differing = [name for name in settings if earlier.get(name) != settings[name]]
-        if differing:
-            raise UsageError(
-                f"--output_dir: {output_dir} holds an audit with another {', '.join(differing)}; name another folder"
-            )
-    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UsageError(f"--output_dir: {output_dir} is there and holds no audit; name another folder")
+        check_same_settings(output_dir, "an audit with", read_object("--output_dir", file), settings)
+    else:
+        check_unused_folder(output_dir)
 
 
 def save_grid(path: Path, images: "Tensor") -> None:
@@ -174,9 +172,7 @@ def main(args: argparse.Namespace) -> None:
     prompts, ordinary_prompts = gather_prompts(args)
     check_arguments(args)
     output_dir = Path(args.output_dir)
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings |= {"model": args.pretrained_model_name_or_path, "adapter": args.adapter, "images": args.train_data_dir}
-    settings |= {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name) is not None}
+    settings = settings_of_samples(args, SETTINGS) | {"adapter": args.adapter, "images": args.train_data_dir}
     check_output_dir(output_dir, settings)
     # A prompt in both lists is measured once. It reaches its own value, so it is never flagged.
     with made_folder("--output_dir", output_dir):

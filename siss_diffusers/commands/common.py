@@ -105,6 +105,44 @@ def warn_of_long_prompts(family: "Family", pipeline: Any, prompts: Sequence[str]
         logger.warning(f"{sum(is_too_long)} prompts are longer than the {limit} tokens that are seen of each")
 
 
+def settings_of_samples(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that samples depend on, by which a later call knows whether it may go on with them.
+
+    Args:
+        names: of flags, beside those that say which model is sampled.
+    """
+    optional = {name: getattr(args, name) for name in ("revision", "variant")}
+    settings = {name: getattr(args, name) for name in names} | {"model": args.pretrained_model_name_or_path}
+    return settings | {name: value for name, value in optional.items() if value is not None}
+
+
+def check_same_settings(output_dir: Path, holds: str, earlier: dict, settings: dict) -> None:
+    """Check that an interrupted call was made with these settings.
+
+    Args:
+        holds: what the folder holds, up to the names of the settings that differ, for the message.
+        earlier: the settings of the interrupted call.
+
+    Raises:
+        UsageError: naming the settings that differ.
+    """
+    differing = [name for name in settings | earlier if earlier.get(name) != settings.get(name)]
+    if differing:
+        raise UsageError(
+            f"--output_dir: {output_dir} holds {holds} another {', '.join(differing)}; name another folder"
+        )
+
+
+def check_unused_folder(output_dir: Path) -> None:
+    """Check that there is no folder yet, or an empty one.
+
+    Raises:
+        UsageError: for a file, or a folder that holds something.
+    """
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UsageError(f"--output_dir: {output_dir} is a file, or a folder that is not empty; name another folder")
+
+
 def announce(message: str) -> None:
     """Print a line on the main process, at once."""
     from accelerate import PartialState

@@ -18,12 +18,15 @@ from siss_diffusers.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
     announce,
+    check_same_settings,
+    check_unused_folder,
     count_of,
     load_pipeline,
     open_text_to_image_model,
     read_object,
     read_prompts,
     sampling_settings,
+    settings_of_samples,
     warn_of_long_prompts,
 )
 from siss_diffusers.commands.curated_folder import (
@@ -139,18 +142,13 @@ def check_output_dir(output_dir: Path, settings: dict) -> None:
     file = output_dir / "curation.json"
     if file.exists():
         earlier = read_object("--output_dir", file).get("settings")
-        earlier = earlier if isinstance(earlier, dict) else {}
-        differing = [name for name in settings if earlier.get(name) != settings[name]]
-        if differing:
-            raise UsageError(
-                f"--output_dir: {output_dir} holds images of another {', '.join(differing)}; name another folder"
-            )
+        check_same_settings(output_dir, "images of", earlier if isinstance(earlier, dict) else {}, settings)
         if (output_dir / "images" / "metadata.jsonl").exists():
             raise UsageError(
                 f"--output_dir: {output_dir} is curated already; correct it by --flip and --move, or name another"
             )
-    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UsageError(f"--output_dir: {output_dir} is not empty and holds no curation; name another folder")
+    else:
+        check_unused_folder(output_dir)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -165,9 +163,7 @@ def main(args: argparse.Namespace) -> None:
     if args.flip is not None or args.move is not None:
         return move_by_hand(output_dir, args.flip or [], args.move or [])
     prompts = check_arguments(args)
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings |= {"model": args.pretrained_model_name_or_path, "prompts": prompts}
-    settings |= {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name) is not None}
+    settings = settings_of_samples(args, SETTINGS) | {"prompts": prompts}
     check_output_dir(output_dir, settings)
     references = [] if args.reference is None else [load_picture(Path(args.reference), "--reference")]
     features = load_features(args.feature_extractor, args.feature_size, args.batch_size)
