@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,9 +36,22 @@ def check_safetensors(name: str | Path, flag: str) -> None:
         folders = [folder]
     for part in folders:
         files = [part] if os.path.isfile(part) else sorted(part.iterdir()) if os.path.isdir(part) else []
-        pickles = [file for file in files if file.suffix in PICKLES]
-        if pickles and not any(file.suffix == ".safetensors" for file in files):
-            raise UsageError(f"{flag}: {name} {ONLY_PICKLES.format(pickles[0].name)}")
+        refuse_only_pickles(files, str(name), flag)
+
+
+def refuse_only_pickles(files: Sequence[Path], what: str, flag: str) -> None:
+    """Refuse weights whose files are pickles, without safetensors beside them.
+
+    Args:
+        files: of one component.
+        what: its name, for the message.
+
+    Raises:
+        UsageError: naming the first pickle.
+    """
+    pickles = [file.name for file in files if file.suffix in PICKLES]
+    if pickles and not any(file.suffix == ".safetensors" for file in files):
+        raise UsageError(f"{flag}: {what} {ONLY_PICKLES.format(pickles[0])}")
 
 
 def check_components(config: dict, name: str, flag: str) -> None:
