@@ -120,12 +120,12 @@ def given_rows(
     """
     captions = settings.caption_column if family.has_prompts else None
     forget, keep = (at_home(images) for images in (forget, keep))
-    if forget is None and keep is None:
-        raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
     if forget is None:
-        train = rows_of(keep, "keep", captions, cache_dir=settings.cache_dir)
-        selection = (settings.forget_files, settings.forget_column, settings.forget_value, settings.train_data_dir)
-        indices = forget_rows_of(train.rows, train.column, *selection)
+        indices = None
+        if keep is not None:
+            train = rows_of(keep, "keep", captions, cache_dir=settings.cache_dir)
+            selection = (settings.forget_files, settings.forget_column, settings.forget_value, settings.train_data_dir)
+            indices = forget_rows_of(train.rows, train.column, *selection)
         if indices is None:
             raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
         return GivenRows(train, forget_indices=indices)

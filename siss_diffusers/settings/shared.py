@@ -9,6 +9,7 @@ from siss_diffusers.combine import FORGET_SCALINGS
 from siss_diffusers.errors import UsageError
 from siss_diffusers.methods import METHODS
 from siss_diffusers.parsing import (
+    FORGET_SET_HELP,
     natural_number,
     non_negative_float,
     path,
@@ -142,14 +143,12 @@ class Settings:
     num_redirect_images: int = setting(DEFAULT_REDIRECT_IMAGES, "Redirect a forget image to the mean of at most so many"
         " images to keep of its prompt (of any prompt where it has none), which are held on the device. Default:"
         f" {DEFAULT_REDIRECT_IMAGES}.", parse=positive_int, metavar="N", group=UNLEARNING, public=True)
-    forget_data_dir: str | None = setting(None, "A folder of images to forget; copies of them are not kept.",
-        group=UNLEARNING, resume="free", parse=path)
-    forget_files: Any = setting(None, "Files within --train_data_dir to forget.", nargs="+", group=UNLEARNING,
-        resume="free", parse=path)
-    forget_column: str | None = setting(None, "A column of the data set that says what to forget. A boolean column"
-        " `forget` is used without asking.", group=UNLEARNING, resume="free")
-    forget_value: str | None = setting(None, "Forget the rows with this value in --forget_column.", group=UNLEARNING,
-        resume="free")
+    forget_data_dir: str | None = setting(None, FORGET_SET_HELP["forget_data_dir"], group=UNLEARNING, resume="free",
+        parse=path)
+    forget_files: Any = setting(None, FORGET_SET_HELP["forget_files"], nargs="+", group=UNLEARNING, resume="free",
+        parse=path)
+    forget_column: str | None = setting(None, FORGET_SET_HELP["forget_column"], group=UNLEARNING, resume="free")
+    forget_value: str | None = setting(None, FORGET_SET_HELP["forget_value"], group=UNLEARNING, resume="free")
     drop_near_duplicates: bool = setting(True, "Leave near copies of forget images out of the keep set, too: encoded again,"
         " resized, cropped a little, brightened or mirrored. --no-drop_near_duplicates leaves out exact duplicates only.",
         group=UNLEARNING, resume="free", public=True)
