@@ -33,7 +33,6 @@ from siss_diffusers.commands.common import (
     read_prompts,
     sampling_settings,
     settings_of_samples,
-    warn_of_long_prompts,
 )
 from siss_diffusers.errors import UsageError
 from siss_diffusers.parsing import path, positive_int
@@ -54,16 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         MODEL_FLAG,
         type=path,
         required=True,
-        help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or on the Hub.",
+        help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or a name on the Hub.",
     )
-    parser.add_argument("--adapter", type=path, help="A LoRA adapter to load into it: a folder, or on the Hub.")
+    parser.add_argument("--adapter", type=path, help="A LoRA adapter to load into it: a folder, or a name on the Hub.")
     parser.add_argument("--prompts", nargs="+", help="The prompts to audit.")
     parser.add_argument("--prompts_file", type=path, help="A text file with a prompt on each line.")
     parser.add_argument(
-        "--dataset_name", type=path, help="A data set whose captions are audited: a folder, or on the Hub."
+        "--dataset_name", type=path, help="A data set whose captions are audited: a folder, or a name on the Hub."
     )
-    parser.add_argument("--caption_column", default="text", help="Its column of captions; default: text.")
-    parser.add_argument("--max_prompts", type=positive_int, help="Audit at most so many, from the first.")
+    parser.add_argument("--caption_column", default="text", help="Its column of captions; default: %(default)s.")
+    parser.add_argument("--max_prompts", type=positive_int, help="Audit the first so many prompts only.")
     parser.add_argument("--ordinary_prompts", nargs="+", help="Prompts that are certainly not memorized.")
     parser.add_argument(
         "--ordinary_prompts_file",
@@ -74,18 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train_data_dir", type=path, help="A folder of training images, among which the best match is found."
     )
-    parser.add_argument("--num_samples", type=positive_int, default=8, help="Samples of each prompt; default: 8.")
+    parser.add_argument(
+        "--num_samples", type=positive_int, default=8, help="Samples of each prompt; default: %(default)s."
+    )
     parser.add_argument(
         "--rank_by",
         choices=MEASURES,
         default="self_similarity",
-        help="What the table is sorted by; default: self_similarity.",
+        help="What the table is sorted by; default: %(default)s.",
     )
     parser.add_argument("--show_prompts", action="store_true", help="Print the prompts, not only their numbers.")
     parser.add_argument(
-        "--output_dir", type=path, default="audit", help="Where the tables and pictures go; default: audit."
+        "--output_dir", type=path, default="audit", help="Where the tables and pictures go; default: %(default)s."
     )
-    parser.add_argument("--cache_dir", type=path, help="Where data sets are kept.")
+    parser.add_argument("--cache_dir", type=path, help="Where downloaded models and data sets are kept.")
     add_model_arguments(parser)
     add_sampling_arguments(parser, batch_size=16)
 
@@ -208,6 +209,7 @@ def measure_prompts(
 
     from siss_diffusers.auditing import load_training_images, measure_prompt
     from siss_diffusers.distributed import on_all_processes
+    from siss_diffusers.families.prompts import warn_of_long_prompts
 
     source, family = open_text_to_image_model(args)
     training = None

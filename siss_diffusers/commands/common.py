@@ -1,7 +1,6 @@
 """What the commands of `siss` share. Libraries are imported inside the functions, so that `--help` is quick."""
 
 import argparse
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,6 @@ from siss_diffusers.storage.files import read_json
 
 if TYPE_CHECKING:
     from siss_diffusers.families import Family, NamedPipeline, Sampling
-
-logger = logging.getLogger(__name__)
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
 
@@ -31,20 +28,25 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> 
     Args:
         batch_size: default of `--batch_size`.
     """
-    parser.add_argument("--seed", type=seed_number, default=0, help="Seed of the first sample; default: 0.")
-    parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="DDIM steps; default: 50.")
+    parser.add_argument("--seed", type=seed_number, default=0, help="Seed of the first sample; default: %(default)s.")
     parser.add_argument(
-        "--guidance_scale", type=non_negative_float, default=7.5, help="Classifier-free guidance; default: 7.5."
+        "--num_inference_steps", type=positive_int, default=50, help="DDIM steps; default: %(default)s."
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=non_negative_float,
+        default=7.5,
+        help="Classifier-free guidance; default: %(default)s.",
     )
     parser.add_argument("--resolution", type=positive_int, help="Side of the pictures; default: the model's own.")
     parser.add_argument(
-        "--batch_size", type=positive_int, default=batch_size, help=f"Samples at a time; default: {batch_size}."
+        "--batch_size", type=positive_int, default=batch_size, help="Samples at a time; default: %(default)s."
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
         default="float32",
-        help="Precision of the model; default: float32.",
+        help="Precision of the model; default: %(default)s.",
     )
 
 
@@ -90,19 +92,6 @@ def load_pipeline(source: "NamedPipeline", family: "Family", dtype: str, adapter
 
     announce(f"Loading {source.describe()}" + ("" if adapter is None else f" and the adapter {adapter}"))
     return load_for_sampling(source, family, PartialState().device, getattr(torch, dtype), adapter)
-
-
-def warn_of_long_prompts(family: "Family", pipeline: Any, prompts: Sequence[str]) -> None:
-    """Warn of prompts that are longer than what the text encoders see. Only their number is shown: a prompt may be what
-    has to be forgotten."""
-    from accelerate import PartialState
-
-    if not prompts or not PartialState().is_main_process:
-        return
-    _, is_too_long = family.token_ids(pipeline, prompts)
-    if any(is_too_long):
-        limit = family.max_prompt_tokens(pipeline)
-        logger.warning(f"{sum(is_too_long)} prompts are longer than the {limit} tokens that are seen of each")
 
 
 def settings_of_samples(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

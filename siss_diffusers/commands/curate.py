@@ -27,7 +27,6 @@ from siss_diffusers.commands.common import (
     read_prompts,
     sampling_settings,
     settings_of_samples,
-    warn_of_long_prompts,
 )
 from siss_diffusers.commands.curated_folder import (
     draw_contact_sheets,
@@ -56,13 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir", type=path, required=True, help="Where the image folder and the contact sheets go."
     )
     parser.add_argument(
-        MODEL_FLAG, type=path, help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or on the Hub."
+        MODEL_FLAG,
+        type=path,
+        help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or a name on the Hub.",
     )
     parser.add_argument("--prompts", nargs="+", help="The memorized prompts.")
     parser.add_argument("--prompts_file", type=path, help="A text file with a prompt on each line.")
     parser.add_argument("--audit", type=path, help="The folder of a `siss audit`: its flagged prompts are curated.")
-    parser.add_argument("--num_images", type=positive_int, default=128, help="Samples of each prompt; default: 128.")
-    parser.add_argument("--num_clusters", type=positive_int, default=2, help="Clusters of k-means; default: 2.")
+    parser.add_argument(
+        "--num_images", type=positive_int, default=128, help="Samples of each prompt; default: %(default)s."
+    )
+    parser.add_argument(
+        "--num_clusters", type=positive_int, default=2, help="Clusters of k-means; default: %(default)s."
+    )
     parser.add_argument(
         "--reference",
         type=path,
@@ -75,13 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="A TorchScript file of a feature extractor, such as SSCD; default: pixels, as in the SISS paper.",
     )
     parser.add_argument(
-        "--feature_size", type=positive_int, default=288, help="Pictures are resized to it for that; default: 288."
+        "--feature_size",
+        type=positive_int,
+        default=288,
+        help="Side in pixels that pictures are resized to for it; default: %(default)s.",
     )
     parser.add_argument(
         "--min_silhouette",
         type=unit_float,
         default=0.25,
-        help="Refuse a prompt whose clusters have a mean silhouette below this; default: 0.25.",
+        help="Refuse a prompt whose clusters have a mean silhouette below this; default: %(default)s.",
     )
     parser.add_argument("--cache_dir", type=path, help="Where downloaded models are kept.")
     by_hand = parser.add_argument_group("correcting a folder by hand")
@@ -198,6 +206,7 @@ def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir:
 
     from siss_diffusers.curation import sample_prompt
     from siss_diffusers.distributed import on_all_processes
+    from siss_diffusers.families.prompts import warn_of_long_prompts
 
     source, family = open_text_to_image_model(args)
     state, sampling = PartialState(), sampling_settings(args)
@@ -295,6 +304,7 @@ def print_reports(reports: list[dict], min_silhouette: float, output_dir: Path) 
     if not any(report["separated"] for report in reports):
         raise UsageError(f"--prompts: no prompt could be curated; look at {output_dir / 'samples'}")
     print(
-        f"Check the contact sheets in {output_dir}, correct by `siss curate --output_dir {output_dir} --flip FILE`, then"
+        f"Check the contact sheets in {output_dir}, correct them by `siss curate --output_dir {output_dir} --flip FILE`,"
+        " then run"
     )
     print(f"  accelerate launch train_siss_sd.py --train_data_dir {output_dir / 'images'} ...")

@@ -18,6 +18,7 @@ from siss_diffusers.evaluation.model import MeasuredModel
 from siss_diffusers.evaluation.networks import Networks, load_networks
 from siss_diffusers.evaluation.settings import EvaluationSettings
 from siss_diffusers.families import Family
+from siss_diffusers.families.prompts import warn_of_long_prompts
 from siss_diffusers.families.sampling import evaluating
 from siss_diffusers.metrics import METRICS, PROBES, Entry, Skip
 
@@ -127,14 +128,10 @@ class Evaluator:
         return {} if reason is None else {"copies by cluster": reason}
 
     def warn_of_long_prompts(self, pipeline: Any) -> None:
-        """Warn of prompts that are cut off. They are counted and not shown: a prompt may be what has to be forgotten."""
-        if not self.family.has_prompts:
-            return
-        prompts = [*self.data.prompts, *self.data.ordinary_prompts, *self.settings.paraphrases]
-        _, too_long = self.family.token_ids(pipeline, prompts)
-        if any(too_long) and PartialState().is_main_process:
-            limit = self.family.max_prompt_tokens(pipeline)
-            logger.warning(f"{sum(too_long)} prompts are longer than the {limit} tokens that are seen of each")
+        """Warn of prompts that are cut off."""
+        if self.family.has_prompts:
+            prompts = [*self.data.prompts, *self.data.ordinary_prompts, *self.settings.paraphrases]
+            warn_of_long_prompts(self.family, pipeline, prompts)
 
     def describe(self) -> dict[str, Any]:
         """Return how models are measured, for `settings` of `evaluation.json`."""

@@ -216,7 +216,7 @@ class TestForgetSets:
         lines[21]["text"], lines[22]["text"] = "another prompt", "a prompt of far too many letters for this model"
         write_metadata(folder, lines)
         main(to_argv(lora_args | {"--train_data_dir": str(folder)}))
-        assert "1 prompts are longer than the 24 tokens" in caplog.text
+        assert "1 prompt is longer than the 24 tokens" in caplog.text
 
 
 class TestFewOfManyImages:
