@@ -131,7 +131,7 @@ def given_rows(
         return GivenRows(train, forget_indices=indices)
     to_forget = rows_of(forget, "forget", captions, prompts, settings.cache_dir, every_file=True)
     if keep is None and not family.has_prompts:
-        raise UsageError("nothing to keep: give `keep`, for an unconditional model cannot sample it for a prompt")
+        raise UsageError("nothing to keep: give `keep`; only text-to-image models can sample it for the prompts")
     if keep is None:
         keep = sampled_images(family, pipeline, to_forget, settings)
     return GivenRows(rows_of(keep, "keep", captions, cache_dir=settings.cache_dir), to_forget)

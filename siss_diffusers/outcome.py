@@ -121,7 +121,7 @@ class Outcome:
         name = self.pipeline.config.get("_name_or_path")
         if not name:
             raise UsageError(
-                "evaluate: name the pipeline before by `base`; the trained one does not tell where it is from"
+                "evaluate: give the pipeline before as `base`; the trained one does not say where it was loaded from"
             )
         variant, revision = self.settings.variant, self.settings.revision
         source = NamedPipeline(name, "base", revision=revision, variant=variant)

@@ -164,7 +164,8 @@ def fit(run: Run, rule: Rule, family: Family, source: PipelineSource, given: Giv
 
     log_start(run, network)
     train(run, problem, gradients, validation, write_checkpoint, write_result)
-    logger.info(f"Saved the {'adapter' if run.settings.adapter else 'unlearned pipeline'} to {run.output_dir}")
+    if run.saves_model:
+        logger.info(f"Saved the {'adapter' if run.settings.adapter else 'unlearned pipeline'} to {run.output_dir}")
     run.finish()
     return Outcome(network.hand_back(), run.output_dir, family, run.settings, given, run.saves_model)
 

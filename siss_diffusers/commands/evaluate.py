@@ -35,7 +35,7 @@ OF_PROMPTS = (*("resolution", "dtype", "guidance_scale", "num_ordinary_samples",
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument(
-        "--base", type=path, required=True, help="The model before: a pipeline, as a folder or on the Hub."
+        "--base", type=path, required=True, help="The model before: a pipeline, as a folder or a name on the Hub."
     )
     parser.add_argument(
         "--unlearned", type=path, required=True, help="The model after: a pipeline, or an adapter for the base."
@@ -49,15 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument(
-        "--output_dir", type=path, default="evaluation", help="Where the report goes; default: evaluation."
+        "--output_dir", type=path, default="evaluation", help="Where the report goes; default: %(default)s."
     )
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the report in --output_dir.")
     data = parser.add_argument_group("data")
     data.add_argument("--train_data_dir", type=path, help="The training set: a folder of images.")
     data.add_argument("--dataset_name", type=path, help="The training set: a name on the Hub, or a local folder.")
     data.add_argument("--dataset_config_name", help="The configuration of the data set.")
-    data.add_argument("--image_column", default="image", help="The column of the images; default: image.")
-    data.add_argument("--caption_column", default="text", help="The column of the prompts; default: text.")
+    data.add_argument("--image_column", default="image", help="The column of the images; default: %(default)s.")
+    data.add_argument("--caption_column", default="text", help="The column of the prompts; default: %(default)s.")
     data.add_argument("--cache_dir", type=path, help="Where downloaded models and data sets are kept.")
     add_forget_set_arguments(data)
     data.add_argument(
@@ -71,13 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_samples",
         type=positive_int,
         default=EvaluationSettings.num_samples,
-        help="Samples of each model; of a text-to-image model, of the forget images' prompts together. Default: 256.",
+        help="Samples of each model; of a text-to-image model, of the forget images' prompts together. Default:"
+        " %(default)s.",
     )
     samples.add_argument(
         "--num_ordinary_samples",
         type=natural_number,
         default=EvaluationSettings.num_ordinary_samples,
-        help="Text-to-image models: samples of the keep images' other prompts together. Default: 256.",
+        help="Text-to-image models: samples of the keep images' other prompts together. Default: %(default)s.",
     )
     add_sampling_arguments(samples, batch_size=EvaluationSettings.batch_size)
     add_metric_arguments(parser.add_argument_group("metrics"))

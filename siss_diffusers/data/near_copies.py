@@ -142,7 +142,7 @@ class Limits:
 
 
 def read_thumbnails(images: Images, rows: Sequence[int] | np.ndarray) -> Tensor:
-    """Return thumbnails `(N, C, H, W)` of rows; those that cannot be read are left out, for they need not be drawn."""
+    """Return thumbnails `(N, C, H, W)` of rows; those that cannot be read are left out: they need not be drawn."""
     thumbnails = []
     for row in rows:
         try:

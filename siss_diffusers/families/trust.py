@@ -91,7 +91,7 @@ def loading(name: str | Path, flag: str) -> Iterator[None]:
         hint = ""
         if re.search(r"safetensors.*(found|weights)|file named .*safetensors", str(error)):
             check_variant_on_the_hub(str(name), flag)
-            hint = "; pickles are not read, for they can run code"
+            hint = "; pickles are not read, because they can run code"
         raise UsageError(f"{flag}: {name} cannot be loaded ({describe_error(error)}){hint}") from error
 
 

@@ -18,7 +18,7 @@ NONE_LEFT = "every sample is a copy or not finite, so no other sample is left to
 
 ALL_BROKEN = "every sample is broken: not finite, of one colour, or black"
 BLIND = (
-    "the detectors do not flag the forgotten images themselves, for an image to keep looks the same; remove it and"
+    "the detectors do not flag the forgotten images themselves, because an image to keep looks the same; remove it and"
     " evaluate again"
 )
 
