@@ -289,9 +289,11 @@ def print_reports(reports: list[dict], min_silhouette: float, output_dir: Path) 
     Raises:
         UsageError: if no prompt could be curated.
     """
+    from siss_diffusers.metrics.base import NO_PICTURE
+
     for index, report in enumerate(reports):
         if report["broken"]:
-            print(f"prompt {index}: {report['broken']} samples are not finite, of one colour, or black; left out")
+            print(f"prompt {index}: {count_of(report['broken'], 'broken sample')} ({NO_PICTURE}) left out")
         silhouette = "undefined" if report["silhouette"] is None else f"{report['silhouette']:.2f}"
         if report["separated"]:
             print(f"prompt {index}: {report['forget']} to forget, {report['keep']} to keep, silhouette {silhouette}")
