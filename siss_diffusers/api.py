@@ -1,4 +1,4 @@
-"""The door of Python: `unlearn(pipeline, forget, keep)`."""
+"""The entry point for Python: `unlearn(pipeline, forget, keep)`."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ def unlearn(
     prompts: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> Outcome:
-    """Make a pipeline forget images and keep the rest; the door of Python.
+    """Make a pipeline forget images and keep the rest; the entry point for Python.
 
     The pipeline is trained in place, its network in float32. With the same seed, data and settings its weights are those
     that the scripts give, bit for bit.

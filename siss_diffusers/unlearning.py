@@ -1,4 +1,4 @@
-"""The loop, what it needs prepared, and the door of the scripts."""
+"""The loop, what it needs prepared, and the entry point of the scripts."""
 
 import logging
 import time
@@ -82,7 +82,7 @@ def train(
 
 
 def unlearn_from_settings(settings: Settings, *, with_prompts: bool) -> Outcome:
-    """Run the training that settings describe; the door of the scripts.
+    """Run the training that settings describe; the entry point of the scripts.
 
     Args:
         with_prompts: whether the script is for text-to-image models.

@@ -72,7 +72,7 @@ def check_components(config: dict, name: str, flag: str) -> None:
 
 @contextmanager
 def loading(name: str | Path, flag: str) -> Iterator[None]:
-    """Inside, a model or its configuration is read from a folder or the Hub, by `use_safetensors=True`.
+    """Explain what fails inside, where a model or its configuration is read by `use_safetensors=True`.
 
     Raises:
         UsageError: in one sentence, for pickles, for code, and for whatever else is wrong with the files.
@@ -141,7 +141,7 @@ def load_pipeline_config(name: str, flag: str, **where: str | None) -> dict:
 
 
 def is_adapter(where: str, flag: str) -> bool:
-    """Whether a folder or a repository on the Hub holds LoRA weights and no pipeline.
+    """Tell whether a folder or a repository on the Hub holds LoRA weights and no pipeline.
 
     Raises:
         UsageError: for weights that are pickles.
