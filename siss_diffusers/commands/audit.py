@@ -109,7 +109,7 @@ def read_captions(dataset_name: str, caption_column: str, cache_dir: str | None)
     Raises:
         UsageError: if it cannot be loaded, or has no such column of texts.
     """
-    from siss_diffusers.data.captions import every_text_of
+    from siss_diffusers.data.captions import every_text_of, texts_of
     from siss_diffusers.data.sources import load_rows
 
     loaded = load_rows("--dataset_name", dataset_name, cache_dir=cache_dir)
@@ -121,6 +121,9 @@ def read_captions(dataset_name: str, caption_column: str, cache_dir: str | None)
             f"--caption_column: {dataset_name} has no column of texts {caption_column!r}, only"
             f" {', '.join(loaded.rows.features)}"
         )
+    without = texts_of(loaded.rows, caption_column).null_count
+    if without:
+        announce(f"--dataset_name: {count_of(without, 'row')} of {len(loaded.rows)} without a caption are not audited")
     return captions
 
 

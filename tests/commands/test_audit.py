@@ -10,7 +10,7 @@ from PIL import Image
 
 from siss_diffusers.assets.captioned import DIGIT_CAPTIONS, FLOWER_CAPTION, TEMPLE_CAPTION
 from siss_diffusers.auditing import self_similarity
-from siss_diffusers.commands.audit import compare_with_ordinary
+from siss_diffusers.commands.audit import compare_with_ordinary, read_captions
 from siss_diffusers.metrics.noise_norm import NOT_IN_ONE_BATCH, TextNoiseNorms
 from tests.helpers.commands import run_siss, siss_error
 from tests.helpers.paths import TINY_SD
@@ -86,6 +86,16 @@ def test_without_a_joint_batch_there_is_no_noise_norm_and_the_reason_is_said(mod
     assert [row["noise_norm"] for row in rows] == [row["noise_norm_first"] for row in rows] == [None, None]
     assert all(row["no_noise_norm"] == NOT_IN_ONE_BATCH and row["self_similarity"] is not None for row in rows)
     assert capsys.readouterr().out.count(f"There is no noise norm: {NOT_IN_ONE_BATCH}.") == 1
+
+
+def test_rows_without_a_caption_are_counted(tmp_path, capsys):
+    captions = {"a.png": "a cat", "b.png": None, "c.png": "a dog", "d.png": None}
+    for name in captions:
+        Image.new("RGB", (8, 8), (len(name), 3, 4)).save(tmp_path / name)
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert read_captions(str(tmp_path), "text", None) == ["a cat", "a dog"]
+    assert "--dataset_name: 2 rows of 4 without a caption are not audited" in capsys.readouterr().out
 
 
 def test_flags_are_for_what_exceeds_every_ordinary_prompt():
