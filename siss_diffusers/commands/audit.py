@@ -35,7 +35,7 @@ from siss_diffusers.commands.common import (
 from siss_diffusers.errors import UsageError
 from siss_diffusers.parsing import path, positive_int
 from siss_diffusers.storage.files import write_json
-from siss_diffusers.storage.folders import made_folder
+from siss_diffusers.storage.folders import made_folder, refuse_folder_within
 
 
 if TYPE_CHECKING:
@@ -141,6 +141,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--rank_by self_similarity needs --num_samples of at least 2")
     if args.train_data_dir is not None and not os.path.isdir(args.train_data_dir):
         raise UsageError(f"--train_data_dir: no folder {args.train_data_dir or repr(args.train_data_dir)}")
+    read = {"--train_data_dir": args.train_data_dir, "--dataset_name": args.dataset_name}
+    refuse_folder_within("--output_dir", args.output_dir, read)
 
 
 def check_output_dir(output_dir: Path, settings: dict) -> None:

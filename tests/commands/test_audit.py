@@ -125,6 +125,10 @@ def test_self_similarity_sees_a_picture_that_half_of_the_samples_are():
         (["--prompts", "x", "--guidance_scale", "1"], "--guidance_scale"),
         (["--prompts", "x", "--rank_by", "best_match"], "--train_data_dir"),
         (["--prompts", "x", "--train_data_dir", "missing"], "--train_data_dir"),
+        (
+            ["--prompts", "x", "--train_data_dir", "{parent}"],
+            "lies in --train_data_dir, and its pictures would be read",
+        ),
         (["--prompts", "x", "--adapter", "missing"], "--adapter"),
         (["--prompts", "x", "--num_samples", "1"], "--num_samples"),
         (["--dataset_name", "missing_folder"], "--dataset_name"),
@@ -132,6 +136,7 @@ def test_self_similarity_sees_a_picture_that_half_of_the_samples_are():
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(model, tmp_path, capfd, more, says):
+    more = [word.format(parent=tmp_path) for word in more]
     assert says in siss_error(capfd, *flags(model, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 
