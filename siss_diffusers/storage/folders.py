@@ -1,11 +1,42 @@
 """The folder that results go into: made before the work, and gone again where the work is refused."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from siss_diffusers.errors import UsageError
+
+
+def refuse_folders_given(flag: str, folder: str | Path, given: Mapping[str, str | None]) -> None:
+    """Refuse to write a result into a folder that something is read from: its files would be replaced.
+
+    Args:
+        given: folders and names on the Hub, by their flags; None for what was not given.
+
+    Raises:
+        UsageError: naming both flags.
+    """
+    target = Path(folder).resolve()
+    for name, source in given.items():
+        if source and os.path.isdir(source) and Path(source).resolve().is_relative_to(target):
+            raise UsageError(f"{flag} must not be, or contain, {name}; name another folder")
+
+
+def refuse_folder_within(flag: str, folder: str | Path, given: Mapping[str, str | None]) -> None:
+    """Refuse to write pictures into a folder of images, or below it: they would be read as images of it.
+
+    Args:
+        given: folders of images and names on the Hub, by their flags; None for what was not given.
+
+    Raises:
+        UsageError: naming both flags.
+    """
+    for name, source in given.items():
+        if source and os.path.isdir(source) and Path(folder).resolve().is_relative_to(Path(source).resolve()):
+            raise UsageError(
+                f"{flag}: {folder} lies in {name}, and its pictures would be read as data; name another folder"
+            )
 
 
 @contextmanager
