@@ -1,4 +1,4 @@
-"""The door of Python: `unlearn(pipeline, forget, keep)`."""
+"""The entry point for Python: `unlearn(pipeline, forget, keep)`."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ def unlearn(
     prompts: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> Outcome:
-    """Make a pipeline forget images and keep the rest; the door of Python.
+    """Make a pipeline forget images and keep the rest; the entry point for Python.
 
     The pipeline is trained in place, its network in float32. With the same seed, data and settings its weights are those
     that the scripts give, bit for bit.
@@ -120,18 +120,18 @@ def given_rows(
     """
     captions = settings.caption_column if family.has_prompts else None
     forget, keep = (at_home(images) for images in (forget, keep))
-    if forget is None and keep is None:
-        raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
     if forget is None:
-        train = rows_of(keep, "keep", captions, cache_dir=settings.cache_dir)
-        selection = (settings.forget_files, settings.forget_column, settings.forget_value, settings.train_data_dir)
-        indices = forget_rows_of(train.rows, train.column, *selection)
+        indices = None
+        if keep is not None:
+            train = rows_of(keep, "keep", captions, cache_dir=settings.cache_dir)
+            selection = (settings.forget_files, settings.forget_column, settings.forget_value, settings.train_data_dir)
+            indices = forget_rows_of(train.rows, train.column, *selection)
         if indices is None:
             raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
         return GivenRows(train, forget_indices=indices)
     to_forget = rows_of(forget, "forget", captions, prompts, settings.cache_dir, every_file=True)
     if keep is None and not family.has_prompts:
-        raise UsageError("nothing to keep: give `keep`, for an unconditional model cannot sample it for a prompt")
+        raise UsageError("nothing to keep: give `keep`; only text-to-image models can sample it for the prompts")
     if keep is None:
         keep = sampled_images(family, pipeline, to_forget, settings)
     return GivenRows(rows_of(keep, "keep", captions, cache_dir=settings.cache_dir), to_forget)

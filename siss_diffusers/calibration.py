@@ -25,7 +25,7 @@ CALIBRATED_SCALE = 1.0
 def calibration_draws(
     seed: int, num_images: int, timestep_range: tuple[int, int], index: int, purpose: int = CALIBRATION
 ) -> tuple:
-    """Which image, timestep and noise generator measurement `index` uses; `NUM_BINS * DRAWS_PER_BIN` in all.
+    """Return which image, timestep and noise generator measurement `index` uses; `NUM_BINS * DRAWS_PER_BIN` in all.
 
     The timesteps are stratified: the measurements go round the bins.
     """
@@ -45,8 +45,8 @@ def bin_edges(timestep_range: tuple[int, int]) -> np.ndarray:
 def loss_thresholds(
     losses: Tensor, timesteps: Tensor, timestep_range: tuple[int, int], num_timesteps: int, quantile: float | None
 ) -> Tensor:
-    """tau_t: in each bin of timesteps, a quantile or the mean of the per-row loss on unseen images under the starting
-    model.
+    """Return tau_t: in each bin of timesteps, a quantile or the mean of the per-row loss on unseen images under the
+    starting model.
 
     Args:
         losses: `(N,)`, mean over pixels for each row.
@@ -77,7 +77,7 @@ def measure_thresholds(
     batch_size: int,
     purpose: int = CALIBRATION,
 ) -> Tensor:
-    """tau_t `(T,)` under the starting model, from `NUM_BINS * DRAWS_PER_BIN` network calls on images of one kind.
+    """Measure tau_t `(T,)` under the starting model: `NUM_BINS * DRAWS_PER_BIN` network calls on images of one kind.
 
     Args:
         load: `(C, H, W)` of an image, on the host.

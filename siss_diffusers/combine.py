@@ -90,7 +90,7 @@ def constant_rule(keep_coefficient: float, forget_coefficient: float) -> Rule:
 
 
 def scaling_rule(name: str = "relative", scale: float | None = None) -> Rule:
-    """A rule of the subtracted forget term, with its scale.
+    """Return a rule of the subtracted forget term, with its scale.
 
     Args:
         name: `relative`, `norm`, `fixed` or `nash`.

@@ -18,6 +18,7 @@ from siss_diffusers.data.viewing import to_channels
 from siss_diffusers.distributed import on_all_processes, on_main_process
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families import Family, Sampling
+from siss_diffusers.metrics.base import NO_PICTURE
 from siss_diffusers.metrics.broken import broken
 from siss_diffusers.metrics.clusters import memorized_cluster, split_clusters
 from siss_diffusers.metrics.features import pixel_features
@@ -131,8 +132,8 @@ def sample_keep_images(
         pictures = torch.stack([to_tensor(sample) for sample in samples])
         if len(pictures) == 0:
             raise UsageError(
-                f"all {num_images} samples of the prompt are broken (not finite, of one colour, or black); give the"
-                " images to keep, or look at the pipeline"
+                f"all {num_images} samples of the prompt are broken ({NO_PICTURE}); give the images to keep, or check the"
+                " pipeline"
             )
         split = split_samples(pictures, [to_tensor(to_channels(image, 3)) for image in references], clustering)
         if not split.separated or split.is_copy.all():

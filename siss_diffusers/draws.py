@@ -19,7 +19,7 @@ def keyed_generator(seed: int, purpose: int, *key: int) -> np.random.Generator:
 
 @lru_cache(maxsize=4)
 def mixture_components(seed: int, window: int, num_pairs: int, lam: float) -> np.ndarray:
-    """Which pairs of a window are made from their forget image: `(num_pairs,)` bool.
+    """Return which pairs of a window are made from their forget image: `(num_pairs,)` bool.
 
     Stratified: `lam num_pairs` of them, rounded up or down at random so that the share is `lam` in expectation.
     """
@@ -32,12 +32,12 @@ def mixture_components(seed: int, window: int, num_pairs: int, lam: float) -> np
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, which: int, epoch: int, size: int) -> np.ndarray:
-    """A permutation of `size` elements: one pass of `shuffled_index`. Cached: not to be written to."""
+    """Return a permutation of `size` elements: one pass of `shuffled_index`. Cached: not to be written to."""
     return keyed_generator(seed, ORDER, which, epoch).permutation(size)
 
 
 def shuffled_index(seed: int, which: int, position: int, size: int) -> int:
-    """The element at `position` of an endless sequence of reshuffled passes over `size` elements.
+    """Return the element at `position` of an endless sequence of reshuffled passes over `size` elements.
 
     `which` tells apart sequences of the same seed (0: keep, 1: forget).
     """
@@ -46,5 +46,5 @@ def shuffled_index(seed: int, which: int, position: int, size: int) -> int:
 
 
 def torch_seed(seed: int, purpose: int, *key: int) -> int:
-    """A seed for torch's global generator, for what draws inside the network (dropout)."""
+    """Return a seed for torch's global generator, for what draws inside the network (dropout)."""
     return int(keyed_generator(seed, purpose, *key).integers(2**63))

@@ -24,11 +24,11 @@ class Interrupted(BaseException):
 
 
 def one_line(message: str) -> str:
-    """Whatever is in a name that a message quotes: no second line, nothing that a terminal obeys."""
+    """Return a message in one line, `?` for each letter that a terminal does not print: it may quote any name."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
 
 
 def describe_error(error: BaseException) -> str:
-    """What an error says, in one line, with its kind where that is needed to understand it."""
+    """Return what an error says, in one line, with its kind where that is needed to understand it."""
     line = next(iter(str(error).strip().splitlines()), "")
     return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__} {line}".strip()

@@ -1,7 +1,7 @@
 """Flags of the training scripts, made from the fields of their settings."""
 
 import argparse
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from typing import TypeVar
 
 from siss_diffusers.parsing import Parser
@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser, settings_class: type[Settings]) -
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         names = [f"--{name}" for name in (flag_name(field), *metadata["aliases"])]
-        options = {"dest": field.name, "default": field.default, "help": metadata["help"].replace("%", "%%")}
+        options = {"dest": field.name, "default": field.default, "help": help_of(field).replace("%", "%%")}
         if field.name in REQUIRED:
             options |= {"required": True, "default": None}
         if field.type is bool:
@@ -45,3 +45,10 @@ def add_flags(parser: argparse.ArgumentParser, settings_class: type[Settings]) -
                     options[name] = metadata[name]
         assert field.default is not MISSING
         groups[title].add_argument(*names, **options)
+
+
+def help_of(field: Field) -> str:
+    """Return the help of a setting, with its default where there is one that the help does not explain."""
+    text = field.metadata["help"]
+    is_told = field.type is bool or field.default in (None, "", ()) or "default" in text.lower()
+    return text if is_told else f"{text.removesuffix('.')}; default: {field.default}."

@@ -30,7 +30,7 @@ def add_noise(sample: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Te
 
 
 def prediction_target(prediction_type: str, sample: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the network should output at `alpha x + sigma eps`, in its own parametrisation.
+    """Return what the network should output at `alpha x + sigma eps`, in its own parametrisation.
 
     Args:
         prediction_type: `epsilon`: eps; `sample`: x; `v_prediction`: alpha eps - sigma x (Salimans & Ho, arXiv
@@ -137,7 +137,7 @@ class GaussianPath:
         return add_noise(sample, noise, self.alphas[timesteps], self.sigmas[timesteps])
 
     def target(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should output at `add_noise(sample, noise, timesteps)`."""
+        """Return what the network should output at `add_noise(sample, noise, timesteps)`."""
         return prediction_target(self.prediction_type, sample, noise, self.alphas[timesteps], self.sigmas[timesteps])
 
 

@@ -8,11 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from siss_diffusers.data.captions import load_captions
-from siss_diffusers.data.images import ImageTransform
-from siss_diffusers.data.split import GivenRows, split_data
+from siss_diffusers.data.split import GivenRows
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families import Family, NamedPipeline
 from siss_diffusers.families.loading import load_for_sampling
@@ -83,7 +79,7 @@ class Outcome:
         Raises:
             UsageError: where the base is not known, or a setting is not one of the evaluation.
         """
-        from siss_diffusers.evaluation import EvaluationSettings, evaluate, write_evaluation
+        from siss_diffusers.evaluation import EvaluationSettings, evaluate, split_to_measure, write_evaluation
 
         known = [field.name for field in fields(EvaluationSettings)]
         unknown = [name for name in settings if name not in known]
@@ -92,26 +88,21 @@ class Outcome:
         chosen = EvaluationSettings(
             **{"guidance_scale": self.settings.guidance_scale, "seed": self.settings.seed} | settings
         )
-        split = split_data(
+        split = split_to_measure(
             self.given,
-            evaluation_transform(self.family),
-            self.settings.seed,
+            self.family,
+            seed=self.settings.seed,
             drop_near_duplicates=self.settings.drop_near_duplicates,
+            caption_column=self.settings.caption_column if self.family.has_prompts else None,
         )
-        keep, prompts = split.train.select(np.sort(split.order.drawn)), [None, None]
-        if self.family.has_prompts:
-            prompts = [
-                load_captions(images, self.settings.caption_column).to_pylist() for images in (keep, split.forget)
-            ]
         if folder is not None:
             folder = Path(folder).expanduser()
         models = {"base": lambda: self._base(base), "unlearned": lambda: self._unlearned(chosen.relearning_steps > 0)}
         try:
             with made_folder("folder", folder) if folder is not None else nullcontext():
-                evaluation = evaluate(self.family, models, keep, split.forget, *prompts, settings=chosen)
+                evaluation = evaluate(self.family, models, split, chosen)
         finally:
             self._set_adapter(True)
-        evaluation.settings["data"] = split.counts()
         if folder is not None:
             write_evaluation(folder, evaluation)
         return evaluation
@@ -130,7 +121,7 @@ class Outcome:
         name = self.pipeline.config.get("_name_or_path")
         if not name:
             raise UsageError(
-                "evaluate: name the pipeline before by `base`; the trained one does not tell where it is from"
+                "evaluate: give the pipeline before as `base`; the trained one does not say where it was loaded from"
             )
         variant, revision = self.settings.variant, self.settings.revision
         source = NamedPipeline(name, "base", revision=revision, variant=variant)
@@ -158,8 +149,3 @@ class Outcome:
             return push_run(self.folder, repo_id, token)
         with TemporaryDirectory() as folder:
             return push_run(self.save(folder), repo_id, token)
-
-
-def evaluation_transform(family: Family) -> ImageTransform:
-    """Return how pictures are read to be compared: without anything random."""
-    return ImageTransform(channels=family.channels, resolution=family.resolution, center_crop=True)

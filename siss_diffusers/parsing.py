@@ -103,6 +103,15 @@ def quantile_or_off(text: str) -> float | str:
     return text if text == "off" else unit_float(text)
 
 
+# The flags that say which images to forget, of the scripts and of `siss evaluate`.
+FORGET_SET_HELP = {
+    "forget_data_dir": "A folder of images to forget; copies of them are not kept.",
+    "forget_files": "Files within --train_data_dir to forget.",
+    "forget_column": "A column of the data set that says what to forget; default: a boolean column `forget`, if any.",
+    "forget_value": "Forget the rows with this value in --forget_column.",
+}
+
+
 class ForgetSetArguments(Protocol):
     """Holds what the flags of the forget set were given."""
 
@@ -115,21 +124,9 @@ class ForgetSetArguments(Protocol):
 
 def add_forget_set_arguments(group: argparse._ActionsContainer) -> None:
     """Add the flags that say which images to forget."""
-    group.add_argument(
-        "--forget_data_dir", type=path, default=None, help="A folder of images to forget; copies of them are not kept."
-    )
-    group.add_argument(
-        "--forget_files", type=path, nargs="+", default=None, help="Files within --train_data_dir to forget."
-    )
-    group.add_argument(
-        "--forget_column",
-        type=str,
-        default=None,
-        help="A column of the data set that says what to forget. A boolean column `forget` is used without asking.",
-    )
-    group.add_argument(
-        "--forget_value", type=str, default=None, help="Forget the rows with this value in --forget_column."
-    )
+    options = {"forget_data_dir": {"type": path}, "forget_files": {"type": path, "nargs": "+"}}
+    for name, text in FORGET_SET_HELP.items():
+        group.add_argument(f"--{name}", help=text, **options.get(name, {}))
 
 
 def check_forget_set_arguments(args: ForgetSetArguments) -> None:

@@ -1,4 +1,4 @@
-"""The loop, what it needs prepared, and the door of the scripts."""
+"""The loop, what it needs prepared, and the entry point of the scripts."""
 
 import logging
 import time
@@ -82,7 +82,7 @@ def train(
 
 
 def unlearn_from_settings(settings: Settings, *, with_prompts: bool) -> Outcome:
-    """Run the training that settings describe; the door of the scripts.
+    """Run the training that settings describe; the entry point of the scripts.
 
     Args:
         with_prompts: whether the script is for text-to-image models.
@@ -166,7 +166,8 @@ def fit(run: Run, rule: Rule, family: Family, source: PipelineSource, given: Giv
 
     log_start(run, network)
     train(run, problem, gradients, validation, write_checkpoint, write_result)
-    logger.info(f"Saved the {'adapter' if run.settings.adapter else 'unlearned pipeline'} to {run.output_dir}")
+    if run.saves_model:
+        logger.info(f"Saved the {'adapter' if run.settings.adapter else 'unlearned pipeline'} to {run.output_dir}")
     run.finish()
     return Outcome(network.hand_back(), run.output_dir, family, run.settings, given, run.saves_model)
 

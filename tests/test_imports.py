@@ -5,11 +5,15 @@ import pkgutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 import siss_diffusers
+from siss_diffusers import evaluation
 from tests.helpers.imports import loaded_by
 
 
 INIT = Path(siss_diffusers.__file__)
+LAZY = (siss_diffusers, evaluation)  # packages whose names are imported when they are first used
 
 
 def test_the_package_loads_no_library():
@@ -26,21 +30,26 @@ def test_the_parts_of_a_loop_load_torch_and_no_library_above_it():
     assert loaded_by(f"from siss_diffusers import {parts}") - {"numpy", "tqdm"} == {"torch"}
 
 
-def test_every_public_name_is_where_it_is_said_to_be():
-    for name in siss_diffusers.__all__:
-        assert getattr(siss_diffusers, name) is not None and name in dir(siss_diffusers)
-    assert not hasattr(siss_diffusers, "no_such_name")
+@pytest.mark.parametrize("package", LAZY, ids=lambda package: package.__name__)
+def test_every_public_name_is_where_it_is_said_to_be(package):
+    for name in package.__all__:
+        assert getattr(package, name) is not None and name in dir(package)
+    assert not hasattr(package, "no_such_name")
 
 
-def test_type_checkers_see_the_same_names():
+@pytest.mark.parametrize("package", LAZY, ids=lambda package: package.__name__)
+def test_type_checkers_see_the_same_names(package):
     imports = {
         (alias.asname, node.module)
-        for block in ast.parse(INIT.read_text()).body
+        for block in ast.parse(Path(package.__file__).read_text()).body
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
         for node in block.body
         for alias in node.names
     }
-    assert imports == set(siss_diffusers._LOCATIONS.items())
+    assert imports == set(package._LOCATIONS.items())
+
+
+def test_the_package_is_typed():
     assert INIT.with_name("py.typed").exists()
 
 

@@ -69,7 +69,7 @@ def digit_images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def captioned_images() -> tuple[np.ndarray, list[str], np.ndarray]:
-    """The whole training set: pictures as (N, 32, 32, 3) uint8, a caption each, and which are copies (N,)."""
+    """Return the whole training set: pictures as (N, 32, 32, 3) uint8, a caption each, and which are copies (N,)."""
     digits, classes = digit_images()
     temples, flowers = temple_images(), flower_images()
     copies = np.repeat(memorized_image()[None], MEMORIZED_COPIES, axis=0)

@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def train_ddpm(
     unet: UNet2DModel, images: Tensor, *, max_train_steps: int, train_batch_size: int, learning_rate: float
 ) -> DDPMPipeline:
-    """Ordinary training on `(N, C, H, W)` in [-1, 1] from torch's global generator, with averaged weights in the end."""
+    """Train on `(N, C, H, W)` in [-1, 1] from torch's global generator, with averaged weights in the end."""
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     ema = EMAModel(unet.parameters(), decay=0.9995, use_ema_warmup=True, power=3 / 4, foreach=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=1e-6, fused=True)

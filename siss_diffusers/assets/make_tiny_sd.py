@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_tokenizer(captions: tuple[str, ...]) -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer with merges learnt from the captions: their words are one token, others several."""
+    """Make CLIP's byte-level tokenizer with merges learnt from the captions: their words are one token each."""
     byte_characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -52,7 +52,7 @@ def make_tokenizer(captions: tuple[str, ...]) -> CLIPTokenizer:
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, weights: Tensor, args: argparse.Namespace) -> None:
-    """The autoencoder, by squared error; `weights` say how often each picture is drawn."""
+    """Train the autoencoder, by squared error; `weights` say how often each picture is drawn."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_learning_rate, weight_decay=1e-6, fused=True)
     lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.vae_train_steps)
     progress_bar = tqdm(range(args.vae_train_steps), desc="autoencoder", mininterval=5)
@@ -79,7 +79,7 @@ def train_unet(
     prompts: Tensor,
     args: argparse.Namespace,
 ) -> None:
-    """UNet and text encoder together. Row 0 of `token_ids` is the empty prompt; `prompts` says each picture's row."""
+    """Train UNet and text encoder. Row 0 of `token_ids` is the empty prompt; `prompts` says each picture's row."""
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=3 / 4, foreach=True)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-6, fused=True)

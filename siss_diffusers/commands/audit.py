@@ -24,13 +24,15 @@ from siss_diffusers.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
     announce,
+    check_same_settings,
+    check_unused_folder,
     count_of,
     load_pipeline,
     open_text_to_image_model,
     read_object,
     read_prompts,
     sampling_settings,
-    warn_of_long_prompts,
+    settings_of_samples,
 )
 from siss_diffusers.errors import UsageError
 from siss_diffusers.parsing import path, positive_int
@@ -51,16 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         MODEL_FLAG,
         type=path,
         required=True,
-        help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or on the Hub.",
+        help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or a name on the Hub.",
     )
-    parser.add_argument("--adapter", type=path, help="A LoRA adapter to load into it: a folder, or on the Hub.")
+    parser.add_argument("--adapter", type=path, help="A LoRA adapter to load into it: a folder, or a name on the Hub.")
     parser.add_argument("--prompts", nargs="+", help="The prompts to audit.")
     parser.add_argument("--prompts_file", type=path, help="A text file with a prompt on each line.")
     parser.add_argument(
-        "--dataset_name", type=path, help="A data set whose captions are audited: a folder, or on the Hub."
+        "--dataset_name", type=path, help="A data set whose captions are audited: a folder, or a name on the Hub."
     )
-    parser.add_argument("--caption_column", default="text", help="Its column of captions; default: text.")
-    parser.add_argument("--max_prompts", type=positive_int, help="Audit at most so many, from the first.")
+    parser.add_argument("--caption_column", default="text", help="Its column of captions; default: %(default)s.")
+    parser.add_argument("--max_prompts", type=positive_int, help="Audit the first so many prompts only.")
     parser.add_argument("--ordinary_prompts", nargs="+", help="Prompts that are certainly not memorized.")
     parser.add_argument(
         "--ordinary_prompts_file",
@@ -71,18 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train_data_dir", type=path, help="A folder of training images, among which the best match is found."
     )
-    parser.add_argument("--num_samples", type=positive_int, default=8, help="Samples of each prompt; default: 8.")
+    parser.add_argument(
+        "--num_samples", type=positive_int, default=8, help="Samples of each prompt; default: %(default)s."
+    )
     parser.add_argument(
         "--rank_by",
         choices=MEASURES,
         default="self_similarity",
-        help="What the table is sorted by; default: self_similarity.",
+        help="What the table is sorted by; default: %(default)s.",
     )
     parser.add_argument("--show_prompts", action="store_true", help="Print the prompts, not only their numbers.")
     parser.add_argument(
-        "--output_dir", type=path, default="audit", help="Where the tables and pictures go; default: audit."
+        "--output_dir", type=path, default="audit", help="Where the tables and pictures go; default: %(default)s."
     )
-    parser.add_argument("--cache_dir", type=path, help="Where data sets are kept.")
+    parser.add_argument("--cache_dir", type=path, help="Where downloaded models and data sets are kept.")
     add_model_arguments(parser)
     add_sampling_arguments(parser, batch_size=16)
 
@@ -148,14 +152,9 @@ def check_output_dir(output_dir: Path, settings: dict) -> None:
     """
     file = output_dir / "settings.json"
     if file.exists():
-        earlier = read_object("--output_dir", file)
-        differing = [name for name in settings if earlier.get(name) != settings[name]]
-        if differing:
-            raise UsageError(
-                f"--output_dir: {output_dir} holds an audit with another {', '.join(differing)}; name another folder"
-            )
-    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UsageError(f"--output_dir: {output_dir} is there and holds no audit; name another folder")
+        check_same_settings(output_dir, "an audit with", read_object("--output_dir", file), settings)
+    else:
+        check_unused_folder(output_dir)
 
 
 def save_grid(path: Path, images: "Tensor") -> None:
@@ -174,9 +173,7 @@ def main(args: argparse.Namespace) -> None:
     prompts, ordinary_prompts = gather_prompts(args)
     check_arguments(args)
     output_dir = Path(args.output_dir)
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings |= {"model": args.pretrained_model_name_or_path, "adapter": args.adapter, "images": args.train_data_dir}
-    settings |= {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name) is not None}
+    settings = settings_of_samples(args, SETTINGS) | {"adapter": args.adapter, "images": args.train_data_dir}
     check_output_dir(output_dir, settings)
     # A prompt in both lists is measured once. It reaches its own value, so it is never flagged.
     with made_folder("--output_dir", output_dir):
@@ -212,6 +209,7 @@ def measure_prompts(
 
     from siss_diffusers.auditing import load_training_images, measure_prompt
     from siss_diffusers.distributed import on_all_processes
+    from siss_diffusers.families.prompts import warn_of_long_prompts
 
     source, family = open_text_to_image_model(args)
     training = None

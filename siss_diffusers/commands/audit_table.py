@@ -4,6 +4,8 @@ import csv
 from math import inf
 from pathlib import Path
 
+from siss_diffusers.commands.common import count_of
+
 
 MEASURES = ("self_similarity", "noise_norm", "noise_norm_first", "best_match")
 SHOWN_IN_CHART, SHOWN_IN_TABLE = 40, 20
@@ -96,9 +98,11 @@ def print_table(rows: list[dict], ordinary: list[dict], show_prompts: bool) -> N
 
 def print_broken(rows: list[dict]) -> None:
     """Say of how many prompts samples were no pictures, and how many could not be measured at all."""
+    from siss_diffusers.metrics.base import NO_PICTURE
+
     broken = sum(bool(row.get("broken")) for row in rows)
     unknown = sum(row["flagged"] is None for row in rows)
     if broken:
-        print(f"\n{broken} prompts have samples that are not finite, of one colour, or black; these were left out.")
+        print(f"\n{count_of(broken, 'prompt')} with broken samples ({NO_PICTURE}), which were left out.")
     if unknown:
-        print(f"{unknown} prompts could not be measured, which does not clear them: try --dtype float32.")
+        print(f"{count_of(unknown, 'prompt')} could not be measured, and may be memorized: try --dtype float32.")

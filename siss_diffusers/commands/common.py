@@ -1,7 +1,6 @@
 """What the commands of `siss` share. Libraries are imported inside the functions, so that `--help` is quick."""
 
 import argparse
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,6 @@ from siss_diffusers.storage.files import read_json
 
 if TYPE_CHECKING:
     from siss_diffusers.families import Family, NamedPipeline, Sampling
-
-logger = logging.getLogger(__name__)
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
 
@@ -31,20 +28,25 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> 
     Args:
         batch_size: default of `--batch_size`.
     """
-    parser.add_argument("--seed", type=seed_number, default=0, help="Seed of the first sample; default: 0.")
-    parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="DDIM steps; default: 50.")
+    parser.add_argument("--seed", type=seed_number, default=0, help="Seed of the first sample; default: %(default)s.")
     parser.add_argument(
-        "--guidance_scale", type=non_negative_float, default=7.5, help="Classifier-free guidance; default: 7.5."
+        "--num_inference_steps", type=positive_int, default=50, help="DDIM steps; default: %(default)s."
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=non_negative_float,
+        default=7.5,
+        help="Classifier-free guidance; default: %(default)s.",
     )
     parser.add_argument("--resolution", type=positive_int, help="Side of the pictures; default: the model's own.")
     parser.add_argument(
-        "--batch_size", type=positive_int, default=batch_size, help=f"Samples at a time; default: {batch_size}."
+        "--batch_size", type=positive_int, default=batch_size, help="Samples at a time; default: %(default)s."
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
         default="float32",
-        help="Precision of the model; default: float32.",
+        help="Precision of the model; default: %(default)s.",
     )
 
 
@@ -92,17 +94,42 @@ def load_pipeline(source: "NamedPipeline", family: "Family", dtype: str, adapter
     return load_for_sampling(source, family, PartialState().device, getattr(torch, dtype), adapter)
 
 
-def warn_of_long_prompts(family: "Family", pipeline: Any, prompts: Sequence[str]) -> None:
-    """Warn of prompts that are longer than what the text encoders see. Only their number is shown: a prompt may be what
-    has to be forgotten."""
-    from accelerate import PartialState
+def settings_of_samples(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that samples depend on, by which a later call knows whether it may go on with them.
 
-    if not prompts or not PartialState().is_main_process:
-        return
-    _, is_too_long = family.token_ids(pipeline, prompts)
-    if any(is_too_long):
-        limit = family.max_prompt_tokens(pipeline)
-        logger.warning(f"{sum(is_too_long)} prompts are longer than the {limit} tokens that are seen of each")
+    Args:
+        names: of flags, beside those that say which model is sampled.
+    """
+    optional = {name: getattr(args, name) for name in ("revision", "variant")}
+    settings = {name: getattr(args, name) for name in names} | {"model": args.pretrained_model_name_or_path}
+    return settings | {name: value for name, value in optional.items() if value is not None}
+
+
+def check_same_settings(output_dir: Path, holds: str, earlier: dict, settings: dict) -> None:
+    """Check that an interrupted call was made with these settings.
+
+    Args:
+        holds: what the folder holds, up to the names of the settings that differ, for the message.
+        earlier: the settings of the interrupted call.
+
+    Raises:
+        UsageError: naming the settings that differ.
+    """
+    differing = [name for name in settings | earlier if earlier.get(name) != settings.get(name)]
+    if differing:
+        raise UsageError(
+            f"--output_dir: {output_dir} holds {holds} another {', '.join(differing)}; name another folder"
+        )
+
+
+def check_unused_folder(output_dir: Path) -> None:
+    """Check that there is no folder yet, or an empty one.
+
+    Raises:
+        UsageError: for a file, or a folder that holds something.
+    """
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UsageError(f"--output_dir: {output_dir} is a file, or a folder that is not empty; name another folder")
 
 
 def announce(message: str) -> None:

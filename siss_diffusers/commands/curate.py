@@ -18,13 +18,15 @@ from siss_diffusers.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
     announce,
+    check_same_settings,
+    check_unused_folder,
     count_of,
     load_pipeline,
     open_text_to_image_model,
     read_object,
     read_prompts,
     sampling_settings,
-    warn_of_long_prompts,
+    settings_of_samples,
 )
 from siss_diffusers.commands.curated_folder import (
     draw_contact_sheets,
@@ -53,13 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir", type=path, required=True, help="Where the image folder and the contact sheets go."
     )
     parser.add_argument(
-        MODEL_FLAG, type=path, help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or on the Hub."
+        MODEL_FLAG,
+        type=path,
+        help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or a name on the Hub.",
     )
     parser.add_argument("--prompts", nargs="+", help="The memorized prompts.")
     parser.add_argument("--prompts_file", type=path, help="A text file with a prompt on each line.")
     parser.add_argument("--audit", type=path, help="The folder of a `siss audit`: its flagged prompts are curated.")
-    parser.add_argument("--num_images", type=positive_int, default=128, help="Samples of each prompt; default: 128.")
-    parser.add_argument("--num_clusters", type=positive_int, default=2, help="Clusters of k-means; default: 2.")
+    parser.add_argument(
+        "--num_images", type=positive_int, default=128, help="Samples of each prompt; default: %(default)s."
+    )
+    parser.add_argument(
+        "--num_clusters", type=positive_int, default=2, help="Clusters of k-means; default: %(default)s."
+    )
     parser.add_argument(
         "--reference",
         type=path,
@@ -72,13 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="A TorchScript file of a feature extractor, such as SSCD; default: pixels, as in the SISS paper.",
     )
     parser.add_argument(
-        "--feature_size", type=positive_int, default=288, help="Pictures are resized to it for that; default: 288."
+        "--feature_size",
+        type=positive_int,
+        default=288,
+        help="Side in pixels that pictures are resized to for it; default: %(default)s.",
     )
     parser.add_argument(
         "--min_silhouette",
         type=unit_float,
         default=0.25,
-        help="Refuse a prompt whose clusters have a mean silhouette below this; default: 0.25.",
+        help="Refuse a prompt whose clusters have a mean silhouette below this; default: %(default)s.",
     )
     parser.add_argument("--cache_dir", type=path, help="Where downloaded models are kept.")
     by_hand = parser.add_argument_group("correcting a folder by hand")
@@ -139,18 +150,13 @@ def check_output_dir(output_dir: Path, settings: dict) -> None:
     file = output_dir / "curation.json"
     if file.exists():
         earlier = read_object("--output_dir", file).get("settings")
-        earlier = earlier if isinstance(earlier, dict) else {}
-        differing = [name for name in settings if earlier.get(name) != settings[name]]
-        if differing:
-            raise UsageError(
-                f"--output_dir: {output_dir} holds images of another {', '.join(differing)}; name another folder"
-            )
+        check_same_settings(output_dir, "images of", earlier if isinstance(earlier, dict) else {}, settings)
         if (output_dir / "images" / "metadata.jsonl").exists():
             raise UsageError(
                 f"--output_dir: {output_dir} is curated already; correct it by --flip and --move, or name another"
             )
-    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UsageError(f"--output_dir: {output_dir} is not empty and holds no curation; name another folder")
+    else:
+        check_unused_folder(output_dir)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -165,9 +171,7 @@ def main(args: argparse.Namespace) -> None:
     if args.flip is not None or args.move is not None:
         return move_by_hand(output_dir, args.flip or [], args.move or [])
     prompts = check_arguments(args)
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings |= {"model": args.pretrained_model_name_or_path, "prompts": prompts}
-    settings |= {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name) is not None}
+    settings = settings_of_samples(args, SETTINGS) | {"prompts": prompts}
     check_output_dir(output_dir, settings)
     references = [] if args.reference is None else [load_picture(Path(args.reference), "--reference")]
     features = load_features(args.feature_extractor, args.feature_size, args.batch_size)
@@ -202,6 +206,7 @@ def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir:
 
     from siss_diffusers.curation import sample_prompt
     from siss_diffusers.distributed import on_all_processes
+    from siss_diffusers.families.prompts import warn_of_long_prompts
 
     source, family = open_text_to_image_model(args)
     state, sampling = PartialState(), sampling_settings(args)
@@ -284,9 +289,11 @@ def print_reports(reports: list[dict], min_silhouette: float, output_dir: Path) 
     Raises:
         UsageError: if no prompt could be curated.
     """
+    from siss_diffusers.metrics.base import NO_PICTURE
+
     for index, report in enumerate(reports):
         if report["broken"]:
-            print(f"prompt {index}: {report['broken']} samples are not finite, of one colour, or black; left out")
+            print(f"prompt {index}: {count_of(report['broken'], 'broken sample')} ({NO_PICTURE}) left out")
         silhouette = "undefined" if report["silhouette"] is None else f"{report['silhouette']:.2f}"
         if report["separated"]:
             print(f"prompt {index}: {report['forget']} to forget, {report['keep']} to keep, silhouette {silhouette}")
@@ -299,6 +306,7 @@ def print_reports(reports: list[dict], min_silhouette: float, output_dir: Path) 
     if not any(report["separated"] for report in reports):
         raise UsageError(f"--prompts: no prompt could be curated; look at {output_dir / 'samples'}")
     print(
-        f"Check the contact sheets in {output_dir}, correct by `siss curate --output_dir {output_dir} --flip FILE`, then"
+        f"Check the contact sheets in {output_dir}, correct them by `siss curate --output_dir {output_dir} --flip FILE`,"
+        " then run"
     )
     print(f"  accelerate launch train_siss_sd.py --train_data_dir {output_dir / 'images'} ...")

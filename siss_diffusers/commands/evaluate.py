@@ -26,7 +26,6 @@ from siss_diffusers.storage.folders import made_folder
 
 
 if TYPE_CHECKING:
-    from siss_diffusers.data.images import Images
     from siss_diffusers.families import Family
 
 # Flags that unconditional models do not have.
@@ -36,7 +35,7 @@ OF_PROMPTS = (*("resolution", "dtype", "guidance_scale", "num_ordinary_samples",
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument(
-        "--base", type=path, required=True, help="The model before: a pipeline, as a folder or on the Hub."
+        "--base", type=path, required=True, help="The model before: a pipeline, as a folder or a name on the Hub."
     )
     parser.add_argument(
         "--unlearned", type=path, required=True, help="The model after: a pipeline, or an adapter for the base."
@@ -50,15 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument(
-        "--output_dir", type=path, default="evaluation", help="Where the report goes; default: evaluation."
+        "--output_dir", type=path, default="evaluation", help="Where the report goes; default: %(default)s."
     )
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the report in --output_dir.")
     data = parser.add_argument_group("data")
     data.add_argument("--train_data_dir", type=path, help="The training set: a folder of images.")
     data.add_argument("--dataset_name", type=path, help="The training set: a name on the Hub, or a local folder.")
     data.add_argument("--dataset_config_name", help="The configuration of the data set.")
-    data.add_argument("--image_column", default="image", help="The column of the images; default: image.")
-    data.add_argument("--caption_column", default="text", help="The column of the prompts; default: text.")
+    data.add_argument("--image_column", default="image", help="The column of the images; default: %(default)s.")
+    data.add_argument("--caption_column", default="text", help="The column of the prompts; default: %(default)s.")
     data.add_argument("--cache_dir", type=path, help="Where downloaded models and data sets are kept.")
     add_forget_set_arguments(data)
     data.add_argument(
@@ -72,13 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_samples",
         type=positive_int,
         default=EvaluationSettings.num_samples,
-        help="Samples of each model; of a text-to-image model, of the forget images' prompts together. Default: 256.",
+        help="Samples of each model; of a text-to-image model, of the forget images' prompts together. Default:"
+        " %(default)s.",
     )
     samples.add_argument(
         "--num_ordinary_samples",
         type=natural_number,
         default=EvaluationSettings.num_ordinary_samples,
-        help="Text-to-image models: samples of the keep images' other prompts together. Default: 256.",
+        help="Text-to-image models: samples of the keep images' other prompts together. Default: %(default)s.",
     )
     add_sampling_arguments(samples, batch_size=EvaluationSettings.batch_size)
     add_metric_arguments(parser.add_argument_group("metrics"))
@@ -92,17 +92,23 @@ def main(args: argparse.Namespace) -> None:
     """
     from accelerate import PartialState
 
-    from siss_diffusers.evaluation import evaluate, format_summary, write_evaluation
+    from siss_diffusers.data.split import DataSource
+    from siss_diffusers.evaluation import evaluate, format_summary, split_to_measure, write_evaluation
 
     models = check_arguments(args)
     with made_folder("--output_dir", args.output_dir):
         family, loaders = find_models(args, models)
         settings = make_settings(args)
-        keep, forget, counts = split(args, family)
-        evaluation = evaluate(family, loaders, keep, forget, *read_captions(args, family, keep, forget), settings)
+        split = split_to_measure(
+            DataSource.of(args).load(),
+            family,
+            seed=args.seed,
+            drop_near_duplicates=args.drop_near_duplicates,
+            caption_column=args.caption_column,
+        )
+        evaluation = evaluate(family, loaders, split, settings)
     if not PartialState().is_main_process:
         return
-    evaluation.settings["data"] = counts
     evaluation.settings["unlearned_weights"] = digest_of_folder(args.unlearned)
     report = write_evaluation(Path(args.output_dir), evaluation)
     print(f"\n{format_summary(evaluation.content)}")
@@ -118,8 +124,9 @@ def check_arguments(args: argparse.Namespace) -> dict[str, str]:
     Raises:
         UsageError: naming the flag.
     """
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        raise UsageError("give the training set by either --train_data_dir or --dataset_name")
+    from siss_diffusers.data.split import DataSource
+
+    DataSource.of(args).check()
     check_forget_set_arguments(args)
     models = {"base": args.base, "unlearned": args.unlearned}
     for entry in args.also:
@@ -215,33 +222,6 @@ def make_settings(args: argparse.Namespace) -> EvaluationSettings:
     values = {name: value for name, value in vars(args).items() if name in names}
     paraphrases = read_prompts("--paraphrases", None, args.paraphrases_file)
     return EvaluationSettings(**values | {"paraphrases": tuple(paraphrases), "prompt_noise": tuple(args.prompt_noise)})
-
-
-def split(args: argparse.Namespace, family: "Family") -> tuple["Images", "Images", dict[str, int]]:
-    """Return the images to keep, the images to forget, and the numbers of images."""
-    import numpy as np
-
-    from siss_diffusers.data.images import ImageTransform
-    from siss_diffusers.data.split import DataSource, split_data
-
-    transform = ImageTransform(
-        channels=family.channels, resolution=family.resolution, center_crop=True, random_flip=False
-    )
-    data = split_data(DataSource.of(args).load(), transform, args.seed, drop_near_duplicates=args.drop_near_duplicates)
-    return data.train.select(np.sort(data.order.drawn)), data.forget, data.counts()
-
-
-def read_captions(args: argparse.Namespace, family: "Family", *data_sets: "Images") -> "list[list[str] | None]":
-    """Return the prompts of each data set; None if the model has no prompts.
-
-    Raises:
-        UsageError: for a prompt that is missing.
-    """
-    from siss_diffusers.data.captions import load_captions
-
-    if not family.has_prompts:
-        return [None for _ in data_sets]
-    return [load_captions(images, args.caption_column).to_pylist() for images in data_sets]
 
 
 def digest_of_folder(where: str) -> str | None:

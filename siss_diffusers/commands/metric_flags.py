@@ -13,25 +13,29 @@ def add_metric_arguments(metrics: argparse._ArgumentGroup) -> None:
         "--copy_detector_size",
         type=positive_int,
         default=EvaluationSettings.copy_detector_size,
-        help="Pictures are resized for it; default: 288.",
+        help="Side in pixels that pictures are resized to for it; default: %(default)s.",
     )
     metrics.add_argument(
         "--feature_extractor",
         type=path,
-        help="A TorchScript file of a feature extractor, for FID, KID, precision, coverage.",
+        help="A TorchScript file of a feature extractor, for FID, KID, precision, recall, density and coverage.",
     )
     metrics.add_argument(
         "--feature_size",
         type=positive_int,
         default=EvaluationSettings.feature_size,
-        help="Pictures are resized for it; default: 299.",
+        help="Side in pixels that pictures are resized to for it; default: %(default)s.",
     )
     metrics.add_argument(
         "--classifier",
         type=path,
         help="A TorchScript file that maps pictures to class logits, for the inception score.",
     )
-    metrics.add_argument("--classifier_size", type=positive_int, help="Pictures are resized for it.")
+    metrics.add_argument(
+        "--classifier_size",
+        type=positive_int,
+        help="Side in pixels that pictures are resized to for it; default: they are not.",
+    )
     metrics.add_argument(
         "--clip_model",
         type=path,
@@ -41,7 +45,7 @@ def add_metric_arguments(metrics: argparse._ArgumentGroup) -> None:
         "--num_likelihood_images",
         type=natural_number,
         default=EvaluationSettings.num_likelihood_images,
-        help="Unconditional models: keep images whose likelihood is computed; default: 32.",
+        help="Unconditional models: images to keep whose likelihood is computed; default: %(default)s.",
     )
     metrics.add_argument(
         "--paraphrases_file",
@@ -65,17 +69,18 @@ def add_relearning_arguments(metrics: argparse._ArgumentGroup) -> None:
         type=natural_number,
         default=EvaluationSettings.relearning_steps,
         help="Fine-tune each model but the base on neighbours of the forget images for so many steps and watch whether"
-        " copies return; default: 0, not at all.",
+        " copies return; 0 skips this; default: %(default)s.",
     )
     metrics.add_argument(
         "--relearning_rate",
         type=non_negative_float,
         default=EvaluationSettings.relearning_rate,
-        help="Learning rate of that; default: 1e-4.",
+        help="Learning rate of that fine-tuning; default: %(default)s.",
     )
     metrics.add_argument(
         "--num_relearning_samples",
         type=positive_int,
         default=EvaluationSettings.num_relearning_samples,
-        help="Samples at each of its points, and of each variation of the prompt; default: 64.",
+        help="Samples at each point of the relearning curve, and for each variation of the prompt; default:"
+        " %(default)s.",
     )

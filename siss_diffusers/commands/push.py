@@ -11,6 +11,7 @@ from siss_diffusers.parsing import path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `siss push`."""
     parser.add_argument("run", type=path, metavar="DIR", help="The --output_dir of a finished run.")
     parser.add_argument("--hub_model_id", help="The repository; default: the name of DIR, in your own account.")
     parser.add_argument("--hub_token", help="The token for the Hub; default: that of `hf auth login`, or HF_TOKEN.")

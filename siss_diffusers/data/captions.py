@@ -13,7 +13,7 @@ from siss_diffusers.errors import UsageError
 
 
 def load_captions(images: Images, column: str, rows: np.ndarray | None = None) -> pa.ChunkedArray:
-    """The prompt of every image, as strings of Arrow; of several, the first. Numbers are prompts as they are written.
+    """Return the prompt of every image, the first of several, as strings of Arrow. Numbers are prompts as written.
 
     Args:
         rows: which images must have one; default: all.
@@ -83,8 +83,8 @@ def as_texts(values: pa.ChunkedArray, feature: object) -> pa.ChunkedArray:
 
 
 def same_captions(captions: pa.ChunkedArray, wanted: Iterable[str]) -> np.ndarray:
-    """Which captions are one of `wanted` but for case and white space, which the tokenizer of Stable Diffusion does not
-    see either: `(len(captions),)` bool."""
+    """Return which captions are one of `wanted` but for case and white space, which the tokenizer of Stable Diffusion
+    does not see either: `(len(captions),)` bool."""
 
     def normalised(texts: pa.Array) -> pa.Array:
         return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"\s+", " "))

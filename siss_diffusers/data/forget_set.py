@@ -33,8 +33,8 @@ def forget_rows_of(
     forget_value: str | None = None,
     train_data_dir: str | None = None,
 ) -> list[int] | None:
-    """Indices of the rows to forget, by file names or by the value of a column; None where neither was given and the
-    data set has no column `forget`.
+    """Return the indices of the rows to forget, by file names or by the value of a column; None where neither was
+    given and the data set has no column `forget`.
 
     Raises:
         UsageError: for a file or column that is not there, or a column or value that could be misread.
@@ -110,7 +110,7 @@ def distinct_values(rows: datasets.Dataset, column: str, limit: int) -> list[Any
 
 
 def marked_rows(rows: datasets.Dataset, column: str) -> list[int] | None:
-    """Rows that a column of yes and no marks; no value is no. None for a column that holds anything else.
+    """Return the rows that a column of yes and no marks; no value is no. None for a column that holds anything else.
 
     Yes and no may be booleans, the numbers 1 and 0, or words such as `true`, `yes`, `forget` and `keep`.
     """
@@ -126,7 +126,7 @@ def marked_rows(rows: datasets.Dataset, column: str) -> list[int] | None:
 
 
 def rows_among(cells: pa.ChunkedArray, wanted: Sequence[Any]) -> list[int]:
-    """Rows that hold one of these values."""
+    """Return the rows that hold one of these values."""
     if not wanted:
         return []
     known = pa.array(wanted, cells.type)
@@ -146,7 +146,7 @@ def describe_values(rows: datasets.Dataset, column: str) -> str:
 
 
 def rows_with_value(rows: datasets.Dataset, column: str, wanted: str) -> list[int]:
-    """Rows whose value in a column is `wanted`, as people write it.
+    """Return the rows whose value in a column is `wanted`, as people write it.
 
     Raises:
         UsageError: naming the column, its type and an example, where no row has it or where it could be misread.
@@ -232,8 +232,8 @@ def matching_values(cells: pa.ChunkedArray, wanted: str) -> list[Any]:
 
 
 def rows_where(column: pa.ChunkedArray, condition: Callable[[pa.Array], pa.Array]) -> np.ndarray:
-    """Numbers of the rows for which `condition` holds, `(M,)` int64. A chunk at a time: what it makes of a column of a
-    million rows never lies in memory at once."""
+    """Return the numbers of the rows for which `condition` holds, `(M,)` int64. It works chunk by chunk, so
+    that a column of a million rows needs little memory."""
     found, first = [np.empty(0, dtype=np.int64)], 0
     for values in column.chunks:
         found.append(np.flatnonzero(condition(values).to_numpy(zero_copy_only=False)) + first)
@@ -251,7 +251,7 @@ def below_folder(name: str, folder: str) -> str:
 
 
 def named_rows(cells: pa.ChunkedArray, names: Sequence[str], folder: str) -> list[int]:
-    """The rows of the image files of these names, or of these paths below `folder`.
+    """Return the rows of the image files of these names, or of these paths below `folder`.
 
     Raises:
         UsageError: for a name of no file, or of several.

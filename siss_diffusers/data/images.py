@@ -45,7 +45,7 @@ class ImageTransform:
     interpolation: str = "bilinear"
 
     def __call__(self, image: Image.Image, generator: np.random.Generator | None = None) -> Tensor:
-        """`(C, resolution, resolution)` float32 in [-1, 1]; without a generator nothing is random.
+        """Return `(C, resolution, resolution)` float32 in [-1, 1]; without a generator nothing is random.
 
         Raises:
             ValueError: for a picture that cannot be used.
@@ -92,7 +92,7 @@ class Images:
         return Images(self.rows.select(indices), self.column, self.transform, self.flag)
 
     def all_square(self, indices: Iterable[int] | None = None) -> bool:
-        """Whether cropping has nothing to choose in these images, or in all; reads headers only.
+        """Tell whether cropping has nothing to choose in these images, or in all; reads headers only.
 
         Raises:
             UsageError: naming the file, where it cannot be read.
@@ -125,7 +125,7 @@ class Images:
                 )
 
     def open(self, index: int) -> Image.Image:
-        """The whole picture, decoded, as a viewer shows it.
+        """Return the whole picture, decoded, as a viewer shows it.
 
         Raises:
             UsageError: naming the file, where it cannot be read.
@@ -136,7 +136,7 @@ class Images:
             raise self._unreadable(index, str(error))
 
     def load(self, index: int, generator: np.random.Generator | None = None) -> Tensor:
-        """`(C, H, W)` float32 in [-1, 1]; without a generator nothing is random."""
+        """Return `(C, H, W)` float32 in [-1, 1]; without a generator nothing is random."""
         return self._transformed(index, self.open(index), generator)
 
     def look(self, index: int) -> tuple[bytes, Tensor]:
@@ -166,5 +166,5 @@ class Images:
 
 
 def source_of(cell: dict) -> str | bytes:
-    """What is in a cell of a column `datasets.Image(decode=False)`."""
+    """Return what is in a cell of a column `datasets.Image(decode=False)`."""
     return cell["path"] if cell["bytes"] is None else cell["bytes"]

@@ -106,7 +106,7 @@ class KeepOrder:
             self.near = NearCopies(thumbnails, partial(read_thumbnails, images, self.first_pass[:NUM_ORDINARY]))
 
     def __getitem__(self, position: int) -> int:
-        """The row at a position.
+        """Return the row at a position.
 
         Raises:
             UsageError: where an image on the way there cannot be used.

@@ -92,7 +92,7 @@ class Latents:
         return sum(4 * (mean.numel() + std.numel()) for mean, std in self.cached.values())
 
     def load(self, index: int, generator: np.random.Generator | None = None) -> Tensor:
-        """`(c, h, w)` float32, scaled: a draw from the posterior, or its mean without a generator."""
+        """Return `(c, h, w)` float32, scaled: a draw from the posterior, or its mean without a generator."""
         mean, std = self.encode(self.images.load(index, generator)) if self.cached is None else self.cached[index]
         if generator is not None:
             mean = mean + std * torch.from_numpy(generator.standard_normal(mean.shape, dtype=np.float32))

@@ -52,7 +52,7 @@ class Match:
 def thumbnail(pixels: Tensor) -> Tensor:
     """Return a picture `(C, H, W)` in [-1, 1] as it is compared: small, in [0, 1].
 
-    In float64, in which the rounding of a matrix product, that may depend on how many pictures it has, decides nothing.
+    In float64, so that the rounding of a matrix product, which may depend on how many pictures it has, decides nothing.
     """
     return shrink(pixels[None], SIZE)[0].double() / 2 + 0.5
 
@@ -77,7 +77,7 @@ class NearCopies:
 
     @cached_property
     def ordinary(self) -> Tensor:
-        """Thumbnails of ordinary images to keep."""
+        """Return thumbnails of ordinary images to keep."""
         return self._read_ordinary()
 
     def find(self, pictures: Tensor) -> list[Match | None]:
@@ -142,7 +142,7 @@ class Limits:
 
 
 def read_thumbnails(images: Images, rows: Sequence[int] | np.ndarray) -> Tensor:
-    """Return thumbnails `(N, C, H, W)` of rows; those that cannot be read are left out, for they need not be drawn."""
+    """Return thumbnails `(N, C, H, W)` of rows; those that cannot be read are left out: they need not be drawn."""
     thumbnails = []
     for row in rows:
         try:

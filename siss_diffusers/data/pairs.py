@@ -108,7 +108,7 @@ class WindowSampler:
 
 
 def first_positions(sampler: WindowSampler, num_windows: int) -> list[int]:
-    """What this process draws in the first `num_windows` windows."""
+    """Return what this process draws in the first `num_windows` windows."""
     batches = islice(replace(sampler, first_window=0), num_windows * sampler.accumulation_steps)
     return [position for batch in batches for position in batch]
 
@@ -121,6 +121,6 @@ def window_loader(pairs: PairDataset, sampler: WindowSampler, num_workers: int =
 
 
 def ignore_signals(_: int) -> None:
-    """What a terminal or a scheduler sends to every process is for the main process, which stops its workers."""
+    """Ignore what a terminal or a scheduler sends to every process: the main process stops its workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -25,7 +25,7 @@ SPLIT_NAMES = {"train", "training", "test", "testing", "eval", "evaluation", "va
 
 
 def check_declared_files(flag: str, folder: str) -> bool:
-    """The data card of a local data set may name its files: only those within it.
+    """Check that the data card of a local data set names only files within it.
 
     Returns:
         Whether there is a card that says what the data are.
@@ -55,7 +55,7 @@ def check_declared_files(flag: str, folder: str) -> bool:
 
 
 def declared_files(config: object) -> Iterator[str]:
-    """`data_files` and `data_dir` of a configuration in a data card: a pattern, or a list of patterns or of splits."""
+    """Yield `data_files` and `data_dir` of a configuration in a data card: a pattern, or a list of them or of splits."""
     if isinstance(config, dict):
         files = config.get("data_files")
         found = [config.get("data_dir"), *(files if isinstance(files, list) else [files])]
@@ -147,7 +147,7 @@ def image_folder_of(flag: str, name: str) -> tuple[datasets.Dataset, str] | None
 
 
 def check_image_paths(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[str]) -> None:
-    """Every image must be a file below one of `roots`, by its name (symbolic links may lead anywhere), or in the data.
+    """Check that every image is in the data, or a file below one of `roots` by its name (a link may lead anywhere).
 
     Raises:
         UsageError: for any other, before one is read.

@@ -32,13 +32,13 @@ SAMPLE_FORMAT = 339  # tag of TIFF
 
 @cache
 def image_formats() -> list[str]:
-    """All but EPS: Pillow has Ghostscript run such a file, and it is a program."""
+    """Return all formats but EPS: Pillow has Ghostscript run such a file, and it is a program."""
     Image.init()
     return [name for name in Image.ID if name != "EPS"]
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:
-    """A picture of which only the header is read, from a file or its bytes.
+    """Return a picture of which only the header is read, from a file or its bytes.
 
     Raises:
         Exception: of any kind, for Pillow does not say of which.
@@ -51,7 +51,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
 
 
 def read_image(source: str | Path | bytes) -> Image.Image:
-    """The whole picture, decoded, as `as_viewed` returns it.
+    """Return the whole picture, decoded, as `as_viewed` returns it.
 
     Raises:
         ValueError: saying what is wrong with it.

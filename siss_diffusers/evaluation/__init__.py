@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from siss_diffusers.evaluation.data import EvaluationData as EvaluationData
+    from siss_diffusers.evaluation.data import SplitData as SplitData
     from siss_diffusers.evaluation.data import collect_data as collect_data
+    from siss_diffusers.evaluation.data import split_to_measure as split_to_measure
     from siss_diffusers.evaluation.evaluator import Evaluation as Evaluation
     from siss_diffusers.evaluation.evaluator import Evaluator as Evaluator
     from siss_diffusers.evaluation.evaluator import evaluate as evaluate
@@ -26,11 +28,13 @@ _LOCATIONS = {
     "Evaluator": "siss_diffusers.evaluation.evaluator",
     "MeasuredModel": "siss_diffusers.evaluation.model",
     "Networks": "siss_diffusers.evaluation.networks",
+    "SplitData": "siss_diffusers.evaluation.data",
     "collect_data": "siss_diffusers.evaluation.data",
     "evaluate": "siss_diffusers.evaluation.evaluator",
     "format_summary": "siss_diffusers.evaluation.summary",
     "load_networks": "siss_diffusers.evaluation.networks",
     "measure": "siss_diffusers.evaluation.evaluator",
+    "split_to_measure": "siss_diffusers.evaluation.data",
     "write_evaluation": "siss_diffusers.evaluation.output",
 }
 

@@ -3,18 +3,18 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from siss_diffusers.data.captions import load_captions
+from siss_diffusers.data.images import Images, ImageTransform
+from siss_diffusers.data.split import GivenRows, split_data
 from siss_diffusers.errors import UsageError
+from siss_diffusers.families import Family
 from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES
 
-
-if TYPE_CHECKING:
-    from siss_diffusers.data.images import Images
 
 MAX_ORDINARY_PROMPTS = 64
 
@@ -57,9 +57,46 @@ class EvaluationData:
         return cls(forget, keep, ("",), *numbers, ordinary_images=keep)
 
 
+@dataclass(frozen=True)
+class SplitData:
+    """The images to keep and to forget, as training splits them, and their prompts.
+
+    Args:
+        keep, forget: the data sets.
+        keep_prompts, forget_prompts: the prompt of each image; None for models without prompts.
+        counts: the numbers of images.
+    """
+
+    keep: Images
+    forget: Images
+    keep_prompts: list[str] | None
+    forget_prompts: list[str] | None
+    counts: dict[str, int]
+
+
+def split_to_measure(
+    given: GivenRows, family: Family, *, seed: int, drop_near_duplicates: bool, caption_column: str | None
+) -> SplitData:
+    """Split data as training does, and read the prompts. Pictures are read without anything random.
+
+    Args:
+        caption_column: of the prompts; models without prompts need none.
+
+    Raises:
+        UsageError: for data that cannot be used, or a prompt that is missing.
+    """
+    transform = ImageTransform(channels=family.channels, resolution=family.resolution, center_crop=True)
+    split = split_data(given, transform, seed, drop_near_duplicates=drop_near_duplicates)
+    keep, forget = split.train.select(np.sort(split.order.drawn)), split.forget
+    keep_prompts, forget_prompts = None, None
+    if family.has_prompts:
+        keep_prompts, forget_prompts = (load_captions(images, caption_column).to_pylist() for images in (keep, forget))
+    return SplitData(keep, forget, keep_prompts, forget_prompts, split.counts())
+
+
 def collect_data(
-    keep: "Images",
-    forget: "Images",
+    keep: Images,
+    forget: Images,
     keep_prompts: Sequence[str] | None = None,
     forget_prompts: Sequence[str] | None = None,
     *,
@@ -110,12 +147,12 @@ def collect_data(
     )
 
 
-def unique_images(images: "Images") -> list[int]:
+def unique_images(images: Images) -> list[int]:
     """Return the rows of different pictures, in their order: a memorized image is often in the forget set many times."""
     rows = {images.digest(index): index for index in reversed(range(len(images)))}
     return sorted(rows.values())
 
 
-def load_pictures(images: "Images", rows: Sequence[int]) -> Tensor:
+def load_pictures(images: Images, rows: Sequence[int]) -> Tensor:
     """Read pictures, `(N, C, H, W)` in [0, 1]."""
     return torch.stack([images.load(index) for index in rows]) / 2 + 0.5

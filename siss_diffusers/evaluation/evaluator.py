@@ -2,28 +2,26 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
 from torch import Tensor
 
 from siss_diffusers.errors import UsageError, describe_error
-from siss_diffusers.evaluation.data import EvaluationData, collect_data
+from siss_diffusers.evaluation.data import EvaluationData, SplitData, collect_data
 from siss_diffusers.evaluation.detectors import Detectors
 from siss_diffusers.evaluation.model import MeasuredModel
 from siss_diffusers.evaluation.networks import Networks, load_networks
 from siss_diffusers.evaluation.settings import EvaluationSettings
 from siss_diffusers.families import Family
+from siss_diffusers.families.prompts import warn_of_long_prompts
 from siss_diffusers.families.sampling import evaluating
 from siss_diffusers.metrics import METRICS, PROBES, Entry, Skip
 
-
-if TYPE_CHECKING:
-    from siss_diffusers.data.images import Images
 
 logger = logging.getLogger(__name__)
 
@@ -130,14 +128,10 @@ class Evaluator:
         return {} if reason is None else {"copies by cluster": reason}
 
     def warn_of_long_prompts(self, pipeline: Any) -> None:
-        """Warn of prompts that are cut off. They are counted and not shown: a prompt may be what has to be forgotten."""
-        if not self.family.has_prompts:
-            return
-        prompts = [*self.data.prompts, *self.data.ordinary_prompts, *self.settings.paraphrases]
-        _, too_long = self.family.token_ids(pipeline, prompts)
-        if any(too_long) and PartialState().is_main_process:
-            limit = self.family.max_prompt_tokens(pipeline)
-            logger.warning(f"{sum(too_long)} prompts are longer than the {limit} tokens that are seen of each")
+        """Warn of prompts that are cut off."""
+        if self.family.has_prompts:
+            prompts = [*self.data.prompts, *self.data.ordinary_prompts, *self.settings.paraphrases]
+            warn_of_long_prompts(self.family, pipeline, prompts)
 
     def describe(self) -> dict[str, Any]:
         """Return how models are measured, for `settings` of `evaluation.json`."""
@@ -199,10 +193,7 @@ def only_finite(value: Any) -> Any:
 def evaluate(
     family: Family,
     models: Mapping[str, Callable[[], Any]],
-    keep: "Images",
-    forget: "Images",
-    keep_prompts: Sequence[str] | None = None,
-    forget_prompts: Sequence[str] | None = None,
+    split: SplitData,
     settings: EvaluationSettings | None = None,
 ) -> Evaluation:
     """Measure models on the same seeds.
@@ -210,8 +201,7 @@ def evaluate(
     Args:
         family: of all models.
         models: functions that load the pipelines, by name; the first is the base. See `Evaluator.evaluate`.
-        keep, forget: the data sets.
-        keep_prompts, forget_prompts: the prompt of each image; None for models without prompts.
+        split: from `split_to_measure`.
 
     Raises:
         UsageError: for networks, images or settings that cannot be used, before any model is loaded.
@@ -219,12 +209,14 @@ def evaluate(
     settings = settings or EvaluationSettings()
     networks = load_networks(settings, PartialState().device)
     data = collect_data(
-        keep,
-        forget,
-        keep_prompts,
-        forget_prompts,
+        split.keep,
+        split.forget,
+        split.keep_prompts,
+        split.forget_prompts,
         num_samples=settings.num_samples,
         with_ordinary_images=networks.features is not None,
         seed=settings.seed,
     )
-    return Evaluator(family, data, settings, networks).evaluate(models)
+    evaluation = Evaluator(family, data, settings, networks).evaluate(models)
+    evaluation.settings["data"] = split.counts
+    return evaluation

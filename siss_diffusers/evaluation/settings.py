@@ -16,13 +16,13 @@ class EvaluationSettings:
         seed: of the first sample; sample i has a generator of its own, of seed + i.
         copy_detector: a TorchScript file of a copy detector, such as SSCD's.
         copy_detector_size: pictures are resized to this side for it.
-        feature_extractor: a TorchScript file of a feature extractor, for FID, KID, precision, coverage.
+        feature_extractor: a TorchScript file of a feature extractor, for FID, KID, precision, recall, density and coverage.
         feature_size: pictures are resized to this side for it.
         classifier: a TorchScript file that maps pictures to class logits, for the inception score.
         classifier_size: pictures are resized to this side for it; None shows them as they are.
         clip_model: a CLIP of transformers, for CLIP score and CLIP-IQA: a folder, or a name on the Hub.
         cache_dir: where downloaded models are kept.
-        num_likelihood_images: keep images whose likelihood is computed.
+        num_likelihood_images: images to keep whose likelihood is computed.
         paraphrases: other wordings of the memorized prompts.
         prompt_noise: sample with noise on the prompt's embedding, so many times its standard deviation.
         relearning_steps: steps of the relearning attack; 0 skips it.

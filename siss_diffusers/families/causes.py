@@ -116,7 +116,7 @@ def check_variant(files_by_component: dict[str, list[str]], variant: str | None,
             pickles = any(file.endswith(".bin") for file in files_by_component[component])
             raise UsageError(
                 f"{flag}: {name} cannot be loaded: {component} has weights of the variant"
-                f" {' or '.join(sorted(variants))} only{'; pickles are not read, for they can run code' * pickles};"
+                f" {' or '.join(sorted(variants))} only{'; pickles are not read, because they can run code' * pickles};"
                 f" add --variant {choice}"
             )
 

@@ -1,8 +1,14 @@
 """Prompts as numbered conditions."""
 
+import logging
 from collections.abc import Iterable, Sequence
 
+from accelerate import PartialState
+
 from siss_diffusers.families.base import Conditions, Family
+
+
+logger = logging.getLogger(__name__)
 
 
 class Prompts:
@@ -37,8 +43,22 @@ class Prompts:
         self.truncated += sum(prompt in too_long for prompt in prompts)
         return [by_prompt[prompt] for prompt in prompts]
 
+    def warn_of_truncated(self) -> None:
+        """Warn of prompts that are cut off. They are counted and not shown: a prompt may be what has to be forgotten."""
+        if self.truncated and PartialState().is_main_process:
+            prompts = "1 prompt is" if self.truncated == 1 else f"{self.truncated} prompts are"
+            limit = self.family.max_prompt_tokens(self.pipeline)
+            logger.warning(f"{prompts} longer than the {limit} tokens that the model reads; the rest is ignored")
+
     def embed(self, numbers: Iterable[int]) -> tuple[Conditions, dict[int, int]]:
         """Return the table of the conditions of these numbers, and the row of each number in it."""
         used = sorted(set(numbers))
         table = self.family.embed(self.pipeline, [self.texts[number] for number in used])
         return table, {number: row for row, number in enumerate(used)}
+
+
+def warn_of_long_prompts(family: Family, pipeline, prompts: Sequence[str]) -> None:
+    """Warn of prompts that are cut off."""
+    numbered = Prompts(family, pipeline)
+    numbered.number(prompts)
+    numbered.warn_of_truncated()

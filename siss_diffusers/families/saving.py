@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.families.trust import ONLY_PICKLES, PICKLES
+from siss_diffusers.families.trust import PICKLES, refuse_only_pickles
 
 
 INDEX = "model_index.json"
@@ -52,9 +52,7 @@ def check_copyable(base: Path, config: dict, network_name: str, name: str, flag:
                 )
             continue
         files = list(files_within(folder))
-        pickles = [file.name for file in files if file.suffix in PICKLES]
-        if pickles and not any(file.suffix == ".safetensors" for file in files):
-            raise UsageError(f"{flag}: {component} of {name} {ONLY_PICKLES.format(pickles[0])}")
+        refuse_only_pickles(files, f"{component} of {name}", flag)
         for file in files:
             if file.is_symlink() and file.suffix != ".safetensors" and not leads_inside(file, base):
                 raise UsageError(f"{flag}: {file} is a link out of {base}; put a copy of the file in its place")

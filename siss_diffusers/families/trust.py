@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,9 +36,22 @@ def check_safetensors(name: str | Path, flag: str) -> None:
         folders = [folder]
     for part in folders:
         files = [part] if os.path.isfile(part) else sorted(part.iterdir()) if os.path.isdir(part) else []
-        pickles = [file for file in files if file.suffix in PICKLES]
-        if pickles and not any(file.suffix == ".safetensors" for file in files):
-            raise UsageError(f"{flag}: {name} {ONLY_PICKLES.format(pickles[0].name)}")
+        refuse_only_pickles(files, str(name), flag)
+
+
+def refuse_only_pickles(files: Sequence[Path], what: str, flag: str) -> None:
+    """Refuse weights whose files are pickles, without safetensors beside them.
+
+    Args:
+        files: of one component.
+        what: its name, for the message.
+
+    Raises:
+        UsageError: naming the first pickle.
+    """
+    pickles = [file.name for file in files if file.suffix in PICKLES]
+    if pickles and not any(file.suffix == ".safetensors" for file in files):
+        raise UsageError(f"{flag}: {what} {ONLY_PICKLES.format(pickles[0])}")
 
 
 def check_components(config: dict, name: str, flag: str) -> None:
@@ -59,7 +72,7 @@ def check_components(config: dict, name: str, flag: str) -> None:
 
 @contextmanager
 def loading(name: str | Path, flag: str) -> Iterator[None]:
-    """Inside, a model or its configuration is read from a folder or the Hub, by `use_safetensors=True`.
+    """Explain what fails inside, where a model or its configuration is read by `use_safetensors=True`.
 
     Raises:
         UsageError: in one sentence, for pickles, for code, and for whatever else is wrong with the files.
@@ -78,7 +91,7 @@ def loading(name: str | Path, flag: str) -> Iterator[None]:
         hint = ""
         if re.search(r"safetensors.*(found|weights)|file named .*safetensors", str(error)):
             check_variant_on_the_hub(str(name), flag)
-            hint = "; pickles are not read, for they can run code"
+            hint = "; pickles are not read, because they can run code"
         raise UsageError(f"{flag}: {name} cannot be loaded ({describe_error(error)}){hint}") from error
 
 
@@ -128,7 +141,7 @@ def load_pipeline_config(name: str, flag: str, **where: str | None) -> dict:
 
 
 def is_adapter(where: str, flag: str) -> bool:
-    """Whether a folder or a repository on the Hub holds LoRA weights and no pipeline.
+    """Tell whether a folder or a repository on the Hub holds LoRA weights and no pipeline.
 
     Raises:
         UsageError: for weights that are pickles.

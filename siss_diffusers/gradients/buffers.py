@@ -14,7 +14,7 @@ from siss_diffusers.combine import Products
 # What travels with the gradients in the one collective; sums over the pairs of the whole window and all ranks.
 STATS = ("ranks", "pairs", "keep_loss", "forget_loss", "keep_weight", "forget_weight", "active_weight", "stop")
 
-# Inner products are taken in float64, for a float32 sum of squares over millions of elements is off by 1e-4; in chunks,
+# Inner products are taken in float64, because a float32 sum of squares over millions of elements is off by 1e-4; in chunks,
 # which bounds the memory of the float64 copy and keeps below BLAS's limit of 2^31 elements. On a CPU the chunks are
 # small enough for the allocator to reuse: at 2^22 elements each came fresh from the system, at a sixth of a step.
 CPU_DOT_CHUNK, DOT_CHUNK = 2**19, 2**22

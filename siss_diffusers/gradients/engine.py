@@ -92,7 +92,7 @@ class PairedGradients:
         Args:
             window: this rank's rows of all micro-batches of the step, on the host.
             predict: the network's output `(R, C, H, W)` for rows on the device. Under DDP, inside `no_sync`; a network
-                with buffers also needs `broadcast_buffers=False`, for ranks differ in how often they call it.
+                with buffers also needs `broadcast_buffers=False`, because ranks differ in how often they call it.
             max_grad_norm: bound of the norm of the combined gradient of losses summed over pixels; None for none.
             stop: this rank was asked to stop after this step, by a signal, say. It travels with the gradients, so that
                 all ranks know of it at the same step without a collective of its own.
@@ -129,7 +129,7 @@ class PairedGradients:
         stop: bool,
         coefficients: tuple[float, float],
     ) -> StepStats:
-        """The combination is linear and done before the backward: the buffer gets c_keep g_keep + c_forget g_forget."""
+        """Combine the losses before the linear backward: the buffer gets c_keep g_keep + c_forget g_forget."""
         self.buffers.keep_and_sums.zero_()
         self._count(window, stop)
         for rows in window:
@@ -164,7 +164,7 @@ class PairedGradients:
         return self._finish(sums, unit, products, (1.0, 0.0), combined, -coefficients[1], max_grad_norm)
 
     def _rows_of_side(self, rows: Rows, target: Tensor | None, weight: Tensor) -> list[Rows]:
-        """The rows that serve one side, as one group, or none."""
+        """Return the rows that serve one side, as one group, or none."""
         index = (weight != 0).nonzero().flatten()
         if self.buffers.sharded and target is not None and len(index) == 0:
             index = torch.zeros(1, dtype=torch.long)  # see `split_in_lockstep`
@@ -179,7 +179,7 @@ class PairedGradients:
             )
 
     def _backward(self, rows: Rows, predict: Callable[[Rows], Tensor], serves_keep: bool, serves_forget: bool) -> None:
-        """One forward of a group, and one backward for each side that it serves."""
+        """Run one forward of a group, and one backward for each side that it serves."""
         rows = rows.to(self.buffers.device)
         output = predict(rows).float()
         if serves_keep:
@@ -195,7 +195,7 @@ class PairedGradients:
     def _single_backward(
         self, rows: Rows, predict: Callable[[Rows], Tensor], coefficients: tuple[float, float]
     ) -> None:
-        """One forward and one backward of the scalar loss `c_keep L_keep + c_forget L_forget`."""
+        """Run one forward and one backward of the scalar loss `c_keep L_keep + c_forget L_forget`."""
         if not self.buffers.sharded:
             rows = rows[((rows.keep_weight != 0) | (rows.forget_weight != 0)).nonzero().flatten()]
         if len(rows) == 0:
@@ -219,11 +219,11 @@ class PairedGradients:
         self.buffers.accumulate(loss if self.scaler is None else self.scaler.scale(loss), views, retain_graph)
 
     def surrogate_loss(self) -> Tensor:
-        """Return a scalar with the combined gradient of the last step for its own, the same on all ranks."""
+        """Return a scalar whose gradient is the combined gradient of the last step, the same on all ranks."""
         return self.buffers.surrogate_loss()
 
     def _sum(self, side: str, rows: Rows, losses: Tensor) -> Tensor:
-        """The sum over rows, each remembered, should the step have to say which of them were not finite."""
+        """Return the sum over rows, and remember each of them: a skipped step says which were not finite."""
         self.row_losses.append((side, rows.timesteps, losses.detach()))
         return losses.sum()
 
@@ -234,7 +234,7 @@ class PairedGradients:
         return {side: sorted(timesteps) for side, timesteps in found.items() if timesteps}
 
     def _active_weight(self, rows: Rows, error: Tensor) -> Tensor:
-        """Calibrated forgetting: a row whose forget loss already exceeds its threshold is pushed no further."""
+        """Return the forget weights, 0 for a row whose loss exceeds its threshold (calibrated forgetting)."""
         if self.thresholds is None:
             return rows.forget_weight
         return torch.where(error.detach() > self.thresholds[rows.timesteps], 0.0, rows.forget_weight)
@@ -250,7 +250,7 @@ class PairedGradients:
         return sums["active_weight"] / sums["forget_weight"] if sums["forget_weight"] > 0 else 0.0
 
     def _read(self, window: Sequence[Rows], squares: Tensor) -> tuple[dict[str, float], float, list[float]]:
-        """The one wait for the device: sums, the unit of the gradients, and inner products in that unit."""
+        """Wait for the device, once; return sums, the unit of the gradients, and inner products in that unit."""
         if self.buffers.sharded:
             # Each rank has the sums of its rows and the inner products of its shards.
             parts = torch.cat([self.buffers.sums.double(), squares / self.buffers.copies_of_a_shard])

@@ -9,7 +9,7 @@ from siss_diffusers.methods.base import Rows
 
 def split_in_lockstep(rows: Rows) -> Iterator[tuple[Rows, bool, bool]]:
     """As `split_by_side`, with the same number of groups on every rank: one for each side that the method has. Where no
-    row serves it, one of weight zero does, for each forward and backward of a sharded network waits for all ranks."""
+    row serves it, one of weight zero does, because each forward and backward of a sharded network waits for all ranks."""
     for target, weight, serves_keep in (
         (rows.keep_target, rows.keep_weight, True),
         (rows.forget_target, rows.forget_weight, False),

@@ -55,7 +55,7 @@ class Query:
             self.posterior_mean = self.posterior_mean.float()
 
     def __getitem__(self, index: Tensor) -> "Query":
-        """The pairs that `index`, `(B,)` bool or numbers, selects."""
+        """Select pairs by `index`, `(B,)` bool or numbers."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
@@ -121,7 +121,7 @@ def drop_negligible(weight: Tensor) -> Tensor:
 
 
 def stack_rows(keep: Rows, forget: Rows) -> Rows:
-    """Of a method that noises both images: first the rows made from x, then those made from a."""
+    """Stack the rows of a method that noises both images: first those made from x, then those made from a."""
     return _concatenate(keep, forget, keep.num_pairs)
 
 
@@ -175,12 +175,12 @@ class Method(ABC):
 
     @abstractmethod
     def rows(self, query: Query) -> Rows:
-        """The rows of the regression for a batch of pairs; nothing here depends on the network."""
+        """Return the rows of the regression for a batch of pairs; nothing here depends on the network."""
 
     def rows_within(self, query: Query, forget_timestep_range: tuple[int, int]) -> Rows:
-        """`rows` of the pairs whose timestep lies in the range, LO <= t < HI; the other pairs are those of ordinary
-        fine-tuning, one row each, made from the keep image with weight 1. So keep is learned at every timestep of the
-        query, and forget where its range says; nothing is drawn from a mixture that has one component.
+        """Return `rows` of the pairs whose timestep lies in the range, LO <= t < HI; the other pairs are those of
+        ordinary fine-tuning, one row each, made from the keep image with weight 1. So keep is learned at every timestep
+        of the query, and forget where its range says; nothing is drawn from a mixture that has one component.
 
         Both losses stay averages over all pairs of the query.
         """
@@ -196,11 +196,11 @@ class Method(ABC):
 
     @abstractmethod
     def rule(self, scaling: Rule) -> Rule:
-        """How the two gradients are combined: `scaling`, the user's choice, or a rule of the method's own."""
+        """Return how the two gradients are combined: `scaling`, the user's choice, or a rule of the method's own."""
 
     @classmethod
     def hyperparameters(cls) -> dict[str, object]:
-        """Names of the `--method_args`, with their defaults."""
+        """Return the names of the `--method_args`, with their defaults."""
         return {field.name: field.default for field in fields(cls)}
 
     @staticmethod
@@ -211,7 +211,7 @@ class Method(ABC):
         keep: tuple[Tensor, Tensor] | None = None,
         forget: tuple[Tensor, Tensor] | None = None,
     ) -> Rows:
-        """Rows of noised `sample` `(B, C, H, W)`; `keep` and `forget` are (target, weight) of a side."""
+        """Return rows of noised `sample` `(B, C, H, W)`; `keep` and `forget` are (target, weight) of a side."""
         unused = (None, torch.zeros(len(sample)))
         keep_target, keep_weight = keep or unused
         forget_target, forget_weight = forget or unused
@@ -233,7 +233,7 @@ class Method(ABC):
 
     @classmethod
     def _keep_rows(cls, query: Query) -> Rows:
-        """x_t against its own noise, weight 1: the loss of naive deletion."""
+        """Return rows of x_t against its own noise, weight 1: the loss of naive deletion."""
         target = query.target(query.keep, query.noise)
         return cls._rows(
             query, query.keep, torch.zeros(len(target), dtype=torch.bool), keep=(target, torch.ones(len(target)))
@@ -241,7 +241,7 @@ class Method(ABC):
 
     @classmethod
     def _forget_rows(cls, query: Query) -> Rows:
-        """a_t against its own noise, weight 1: the loss that NegGrad ascends."""
+        """Return rows of a_t against its own noise, weight 1: the loss that NegGrad ascends."""
         target = query.target(query.forget, query.noise)
         return cls._rows(
             query, query.forget, torch.ones(len(target), dtype=torch.bool), forget=(target, torch.ones(len(target)))

@@ -14,11 +14,10 @@ if TYPE_CHECKING:
 
 NO_PROMPTS = "the model is unconditional: there is no text"
 NONE_LEFT = "every sample is a copy or not finite, so no other sample is left to measure"
-
-
-ALL_BROKEN = "every sample is broken: not finite, of one colour, or black"
+NO_PICTURE = "not finite, of one colour, or black"  # what `broken` finds
+ALL_BROKEN = f"every sample is broken: {NO_PICTURE}"
 BLIND = (
-    "the detectors do not flag the forgotten images themselves, for an image to keep looks the same; remove it and"
+    "the detectors do not flag the forgotten images themselves, because an image to keep looks the same; remove it and"
     " evaluate again"
 )
 

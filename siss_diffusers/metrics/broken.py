@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from siss_diffusers.metrics.base import NO_PROMPTS, Metric, Skip
+from siss_diffusers.metrics.base import NO_PICTURE, NO_PROMPTS, Metric, Skip
 from siss_diffusers.metrics.formats import percent
 
 
@@ -42,7 +42,7 @@ BROKEN_SHARE = Metric(
     key="broken_share",
     label="Broken samples",
     explanation=(
-        "Share of the samples that are no pictures: not finite, of one colour, or black. They are neither copies nor"
+        f"Share of the samples that are no pictures: {NO_PICTURE}. They are neither copies nor"
         " forgotten, and the share of copies is that of the others. Lower is better: a model that makes them is ruined."
     ),
     measure=_broken_share,

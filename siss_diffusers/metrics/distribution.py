@@ -31,9 +31,9 @@ def _checked(real: Tensor, fake: Tensor, at_least: int) -> tuple[Tensor, Tensor]
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Return the FID (Heusel et al., arXiv 1706.08500): `||mu - mu'||^2 + Tr(S + S' - 2 (S S')^(1/2))`.
 
-    The covariances are unbiased. With S = A^T A and S' = B^T B, A and B the centred features over sqrt(N - 1), the root's trace is the sum of the
-    singular values of A B^T. No matrix is squared or rooted, so no rounding is amplified, whatever the rank. A QR
-    decomposition first leaves at most D rows of each.
+    The covariances are unbiased. With S = A^T A and S' = B^T B, A and B the centred features over sqrt(N - 1), the root's
+    trace is the sum of the singular values of A B^T. No matrix is squared or rooted, so no rounding is amplified,
+    whatever the rank. A QR decomposition first leaves at most D rows of each.
 
     Args:
         real: `(N, D)`, N at least 2.

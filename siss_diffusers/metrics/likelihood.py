@@ -130,7 +130,7 @@ def _bits(model: "MeasuredModel") -> tuple[Tensor, Tensor]:
 def _nll_keep_bpd(model: "MeasuredModel") -> dict[str, float]:
     _, bits = model.once(_bits)
     if len(bits) == 0:
-        raise Skip("asked for by --num_likelihood_images")
+        raise Skip("needs --num_likelihood_images above 0")
     return {"nll_keep_bpd": bits.mean().item()}
 
 

@@ -91,7 +91,7 @@ def _text_noise_norm(model: "MeasuredModel") -> dict[str, Any]:
     if not model.family.has_prompts:
         raise Skip(NO_PROMPTS)
     if model.settings.guidance_scale <= 1:
-        raise Skip("without guidance (--guidance_scale above 1) there is none")
+        raise Skip("needs guidance, a --guidance_scale above 1")
     per_step = model.noise_norms
     if per_step is None:
         raise Skip(NOT_IN_ONE_BATCH)

@@ -76,7 +76,7 @@ def fine_tune(
 def _relearning(model: "MeasuredModel") -> dict[str, Any]:
     data, settings = model.data, model.settings
     if settings.relearning_steps == 0:
-        raise Skip("asked for by --relearning_steps")
+        raise Skip("needs --relearning_steps")
     if data.keep_prompts is None:
         raise Skip("no image to keep has the prompt of a forget image")
     if model.base is None:

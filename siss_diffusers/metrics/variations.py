@@ -14,7 +14,7 @@ def _paraphrases(model: "MeasuredModel") -> dict[str, Any]:
     if not model.family.has_prompts:
         raise Skip(NO_PROMPTS)
     if not settings.paraphrases:
-        raise Skip("asked for by --paraphrases_file")
+        raise Skip("needs --paraphrases_file")
     rows = []
     for number, paraphrase in enumerate(settings.paraphrases):
         samples, _ = model.sample([paraphrase], settings.num_relearning_samples)
@@ -27,7 +27,7 @@ def _prompt_noise(model: "MeasuredModel") -> dict[str, Any]:
     if not model.family.has_prompts:
         raise Skip(NO_PROMPTS)
     if not settings.prompt_noise:
-        raise Skip("asked for by --prompt_noise")
+        raise Skip("needs --prompt_noise")
     rows = []
     for noise in settings.prompt_noise:
         samples, _ = model.sample(model.data.prompts, settings.num_relearning_samples, noise=noise)

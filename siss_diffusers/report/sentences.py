@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from siss_diffusers.metrics import METRICS
+from siss_diffusers.metrics.base import NO_PICTURE
 from siss_diffusers.metrics.damage import DAMAGES
 from siss_diffusers.metrics.formats import percent, short_number
 from siss_diffusers.report.tables import measured_points
@@ -103,8 +104,8 @@ def broken_sentence(name: str, figures: Entries) -> str:
     if not parts:
         return ""
     return (
-        f"{' and '.join(parts)} of {model_phrase(name)} are broken: not finite, of one colour, or black. They do not"
-        " show that anything is forgotten. "
+        f"{' and '.join(parts)} of {model_phrase(name)} are broken: {NO_PICTURE}. They do not show that"
+        " anything is forgotten. "
     )
 
 

@@ -108,7 +108,7 @@ def method_of(settings: Settings) -> Method:
         )
     if settings.forget_timestep_ranges is not None and not method.has_both_sides:
         raise UsageError(
-            f"--forget_timestep_ranges needs a keep side and a forget side, not --method {method.name}; use"
+            f"--forget_timestep_ranges does not apply to --method {method.name}, which learns from one kind of image; use"
             f" --timestep_range, or {methods_with('has_both_sides')}"
         )
     return method
@@ -124,7 +124,7 @@ def check_calibration(settings: Settings, method: Method) -> None:
     if quantile not in (None, "off") and not has_thresholds(method):
         calibrated = ", ".join(name for name, known in METHODS.items() if has_thresholds(known))
         raise UsageError(
-            f"--calibrate_forgetting needs a forget side with an end, not --method {method.name}; use {calibrated}"
+            f"--calibrate_forgetting does not apply to --method {method.name}; drop it, or use {calibrated}"
         )
     default = type(settings).__dataclass_fields__["num_redirect_images"].default
     if settings.num_redirect_images != default and "posterior_mean" not in method.needs:
@@ -194,7 +194,7 @@ def with_timestep_ranges(settings: Settings, method: Method) -> Settings:
             )
     if count > 1 and settings.forget_scale_every > 1:
         raise UsageError(
-            "--forget_scale_every needs a single range in --forget_timestep_ranges, for each has a scale of its own;"
+            "--forget_scale_every needs a single range in --forget_timestep_ranges, because each has a scale of its own;"
             " drop one of the two flags"
         )
     return settings.replace(forget_timestep_ranges=ranges)

@@ -22,8 +22,8 @@ class UnconditionalSettings(Settings):
         " as google/ddpm-celebahq-256.", parse=path)
     output_dir: str = setting("siss-ddpm", "Where the result and the checkpoints are written.", resume="free",
         parse=path)
-    learning_rate: float | None = setting(None, "Of AdamW; default: 5e-6 for a network 512"
-        " channels wide, and in inverse proportion for others.", parse=non_negative_float, public=True)
+    learning_rate: float | None = setting(None, "Learning rate of AdamW; default: 5e-6 for a network 512 channels wide, and"
+        " in inverse proportion for others.", parse=non_negative_float, public=True)
     max_train_steps: int | None = setting(None, "Optimizer steps; default: 60.", parse=positive_int, resume="length",
         public=True)
     num_train_epochs: int | None = setting(None, "Passes over the keep set, instead of --max_train_steps.",
@@ -41,8 +41,8 @@ class UnconditionalSettings(Settings):
         choices=("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"), public=True)
     num_inference_steps: int = setting(50, "DDIM steps of samples made in training.", parse=positive_int,
         flag="ddpm_num_inference_steps", group=VALIDATION, resume="free", public=True)
-    save_images_epochs: int | None = setting(None, "Log samples to the tracker every so many passes, copies of forget"
-        " images blanked out.", parse=positive_int, group=VALIDATION, resume="free", public=True)
+    save_images_epochs: int | None = setting(None, "Log samples to the tracker every so many passes over the keep set,"
+        " copies of forget images blanked out.", parse=positive_int, group=VALIDATION, resume="free", public=True)
     preserve_input_precision: bool = switch("Do not round 16-bit images to 8 bits.", public=True)
     tracker_project_name: str = setting("train_siss_unconditional", "Name of the project for the tracker.",
         resume="free")
@@ -77,15 +77,15 @@ class TextToImageSettings(Settings):
         " Hub such as CompVis/stable-diffusion-v1-4.", parse=path)
     output_dir: str = setting("siss-sd", "Where the result and the checkpoints are written.", resume="free",
         parse=path)
-    non_ema_revision: str | None = setting(None, "Revision of the network that is trained.")
+    non_ema_revision: str | None = setting(None, "Revision of the network that is trained; default: --revision.")
     caption_column: str = setting("text", "The column of the prompts.", resume="free")
     image_interpolation_mode: str = setting("lanczos", "How images are resized.", choices=INTERPOLATIONS)
     cache_latents: bool | None = setting(None, "Encode images once, before training. Default: unless augmentation is"
         " random, by --random_flip, or by random crops of images that are not square.", resume="free", public=True)
     max_train_steps: int | None = setting(None, "Optimizer steps; default: 35.", parse=positive_int, resume="length",
         public=True)
-    learning_rate: float | None = setting(None, "Of AdamW; default: 1e-5, or 1e-4 with"
-        " --use_lora, for a network 1,280 channels wide, and in inverse proportion for others.",
+    learning_rate: float | None = setting(None, "Learning rate of AdamW; default: 1e-5, or 1e-4 with --use_lora, for a"
+        " network 1,280 channels wide, and in inverse proportion for others.",
         parse=non_negative_float, public=True)
     tracker_project_name: str = setting("train_siss_sd", "Name of the project for the tracker.", resume="free")
 
@@ -107,7 +107,7 @@ class TextToImageSettings(Settings):
     validation_prompts: Any = setting((), "Samples of these go to the tracker, copies of forget images blanked out. They"
         " are public; the prompts of forget images are sampled too, and only counted.", nargs="+",
         aliases=("validation_prompt",), group=VALIDATION, resume="free")
-    guidance_scale: float = setting(7.5, "Of samples made in training.", parse=non_negative_float, group=VALIDATION,
+    guidance_scale: float = setting(7.5, "Classifier-free guidance of samples made in training.", parse=non_negative_float, group=VALIDATION,
         resume="free", public=True)
     eval_batch_size: int = setting(4, "Batch of samples made in training.", parse=positive_int, group=VALIDATION,
         resume="free", public=True)
@@ -133,5 +133,7 @@ class TextToImageSettings(Settings):
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise UsageError(f"--{name} needs --use_lora")
         if self.validation_prompts and not (self.validation_steps or self.validation_epochs):
-            raise UsageError("--validation_prompts needs --validation_steps, which says how often to look")
+            raise UsageError(
+                "--validation_prompts needs --validation_steps or --validation_epochs, which say how often to look"
+            )
         return self.replace(lora_alpha=self.rank if self.lora_alpha is None else self.lora_alpha)

@@ -9,6 +9,7 @@ from siss_diffusers.combine import FORGET_SCALINGS
 from siss_diffusers.errors import UsageError
 from siss_diffusers.methods import METHODS
 from siss_diffusers.parsing import (
+    FORGET_SET_HELP,
     natural_number,
     non_negative_float,
     path,
@@ -63,7 +64,7 @@ class Settings:
     overwrite_output_dir: bool = switch("Replace what an earlier run left in --output_dir.", resume="free", public=True)
     cache_dir: str | None = setting(None, "Where downloaded models and data sets are kept.", resume="free", parse=path)
     seed: int = setting(0, "Seed of every draw.", parse=seed_number, public=True)
-    resolution: int | None = setting(None, "Images are resized to this; default: the model's own.",
+    resolution: int | None = setting(None, "Side in pixels that images are resized to; default: the model's own.",
         parse=positive_int, public=True)
     center_crop: bool = switch("Crop the middle of images that are not square, not a random part.", public=True)
     random_flip: bool = switch("Flip images horizontally at random.", public=True)
@@ -79,7 +80,7 @@ class Settings:
         resume="free", public=True)
     gradient_checkpointing: bool = switch("Trade a second forward pass for activation memory.", resume="free",
         public=True)
-    learning_rate: float | None = setting(None, "Of AdamW.", parse=non_negative_float, public=True)
+    learning_rate: float | None = setting(None, "Learning rate of AdamW.", parse=non_negative_float, public=True)
     scale_lr: bool = switch("Multiply the learning rate by the pairs of a step.", public=True)
     lr_scheduler: str = setting("constant", "Schedule of the learning rate; constant by default.", choices=SCHEDULES,
         public=True)
@@ -98,22 +99,24 @@ class Settings:
     offload_ema: bool = switch("Keep the average on the CPU between its updates.", resume="free", public=True)
     foreach_ema: bool = switch("Update the average by fused operations.", resume="free", public=True)
     push_to_hub: bool = switch("Upload the result when done.", resume="free", public=True)
-    hub_token: str | None = setting(None, "The token for the Hub.", resume="free")
+    hub_token: str | None = setting(None, "The token for the Hub; default: that of `hf auth login`, or HF_TOKEN.",
+        resume="free")
     hub_model_id: str | None = setting(None, "The repository; default: --output_dir's name.", resume="free")
     hub_private_repo: bool = switch("Make the repository private.", resume="free", public=True)
     report_to: str = setting("tensorboard", "Where metrics are logged, beside train_log.jsonl.",
         choices=("tensorboard", "wandb", "none"), aliases=("logger",), resume="free")
     logging_dir: str = setting("logs", "Folder within --output_dir for the tracker.", resume="free", parse=path)
     tracker_project_name: str = setting("siss", "Name of the project for the tracker.", resume="free")
-    mixed_precision: str | None = setting(None, "Default: what `accelerate launch` or its configuration says.",
+    mixed_precision: str | None = setting(None, "Precision of the network calls; default: what `accelerate"
+        " launch` or its configuration says.",
         choices=("no", "fp16", "bf16"), public=True)
     allow_tf32: bool = switch("Let Ampere and newer GPUs multiply in TF32.", public=True)
     prediction_type: str | None = setting(None, "What the model predicts; default: what its scheduler says.",
         choices=("epsilon", "v_prediction", "sample"), public=True)
     checkpointing_steps: int = setting(500, "Save a checkpoint every so many steps.", parse=positive_int,
         resume="free", public=True)
-    checkpoints_total_limit: int | None = setting(None, "How many checkpoints are kept.", parse=positive_int,
-        resume="free", public=True)
+    checkpoints_total_limit: int | None = setting(None, "How many checkpoints are kept; default: all.",
+        parse=positive_int, resume="free", public=True)
     resume_from_checkpoint: str | None = setting(None, "A checkpoint of --output_dir, or `latest`.", resume="free",
         parse=path)
     allow_changes: bool = switch("Resume with other settings or data than the checkpoint was made with.",
@@ -135,8 +138,9 @@ class Settings:
         parse=positive_int, metavar="K", group=UNLEARNING, public=True)
     calibrate_forgetting: Any = setting(None, f"Push a forget image only until its loss reaches this quantile"
         f" ({DEFAULT_QUANTILE} if not given) of the losses that the starting model has on images to keep, at the same"
-        " noise level; or `off`. Always on for redirect, if not `off`.", parse=quantile_or_off, nargs="?",
-        const=DEFAULT_QUANTILE, metavar="QUANTILE", group=UNLEARNING, resume="fixed", public=True)
+        " noise level; or `off`. Default: on for redirect, and for text-to-image models under --forget_scaling relative;"
+        " otherwise off.", parse=quantile_or_off, nargs="?", const=DEFAULT_QUANTILE, metavar="QUANTILE",
+        group=UNLEARNING, resume="fixed", public=True)
     threshold_source: str | None = setting(None, "Whose losses --calibrate_forgetting goes by: `keep`, the quantile on"
         " images to keep; `strangers`, the mean on the images to forget turned by 90, 180 and 270 degrees, which the"
         " model never saw; `both`, the higher of the two. Default: both for redirect, otherwise keep.",
@@ -144,14 +148,12 @@ class Settings:
     num_redirect_images: int = setting(DEFAULT_REDIRECT_IMAGES, "Redirect a forget image to the mean of at most so many"
         " images to keep of its prompt (of any prompt where it has none), which are held on the device. Default:"
         f" {DEFAULT_REDIRECT_IMAGES}.", parse=positive_int, metavar="N", group=UNLEARNING, public=True)
-    forget_data_dir: str | None = setting(None, "A folder of images to forget; copies of them are not kept.",
-        group=UNLEARNING, resume="free", parse=path)
-    forget_files: Any = setting(None, "Files within --train_data_dir to forget.", nargs="+", group=UNLEARNING,
-        resume="free", parse=path)
-    forget_column: str | None = setting(None, "A column of the data set that says what to forget. A boolean column"
-        " `forget` is used without asking.", group=UNLEARNING, resume="free")
-    forget_value: str | None = setting(None, "Forget the rows with this value in --forget_column.", group=UNLEARNING,
-        resume="free")
+    forget_data_dir: str | None = setting(None, FORGET_SET_HELP["forget_data_dir"], group=UNLEARNING, resume="free",
+        parse=path)
+    forget_files: Any = setting(None, FORGET_SET_HELP["forget_files"], nargs="+", group=UNLEARNING, resume="free",
+        parse=path)
+    forget_column: str | None = setting(None, FORGET_SET_HELP["forget_column"], group=UNLEARNING, resume="free")
+    forget_value: str | None = setting(None, FORGET_SET_HELP["forget_value"], group=UNLEARNING, resume="free")
     drop_near_duplicates: bool = setting(True, "Leave near copies of forget images out of the keep set, too: encoded again,"
         " resized, cropped a little, brightened or mirrored. --no-drop_near_duplicates leaves out exact duplicates only.",
         group=UNLEARNING, resume="free", public=True)
@@ -170,9 +172,9 @@ class Settings:
 
     validation_steps: int | None = setting(None, "Count the copies among fresh samples every so many steps; never by"
         " default.", parse=positive_int, group=VALIDATION, resume="free", public=True)
-    validation_epochs: int | None = setting(None, "The same every so many passes over the keep set.",
-        parse=positive_int, group=VALIDATION, resume="free", public=True)
-    num_validation_images: int = setting(256, "Samples of each such validation.", parse=positive_int,
+    validation_epochs: int | None = setting(None, "Count the copies every so many passes over the keep set,"
+        " instead of --validation_steps.", parse=positive_int, group=VALIDATION, resume="free", public=True)
+    num_validation_images: int = setting(256, "Samples of each validation.", parse=positive_int,
         group=VALIDATION, resume="free", public=True)
     stop_when_forgotten: bool = switch("Stop at the first validation that finds no copy.", group=VALIDATION,
         resume="free", public=True)
@@ -180,8 +182,8 @@ class Settings:
         group=VALIDATION, resume="free", public=True)
     eval_batch_size: int = setting(16, "Batch of samples made in training.", parse=positive_int, group=VALIDATION,
         resume="free", public=True)
-    save_model_epochs: int | None = setting(None, "Save the result every so many passes, too.", parse=positive_int,
-        group=VALIDATION, resume="free", public=True)
+    save_model_epochs: int | None = setting(None, "Save the result every so many passes over the keep set, too.",
+        parse=positive_int, group=VALIDATION, resume="free", public=True)
     # fmt: on
 
     @property

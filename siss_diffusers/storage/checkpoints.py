@@ -60,7 +60,7 @@ def remove(folder: Path) -> None:
 
 
 def is_saved(output_dir: Path, step: int) -> bool:
-    """Whether there is a whole checkpoint of this step."""
+    """Tell whether there is a whole checkpoint of this step."""
     final = output_dir / f"{PREFIX}{step}"
     return final.exists() and damage(final) is None
 
@@ -118,7 +118,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None when every byte of it is as it was written."""
+    """Return what is wrong with a checkpoint; None when every byte of it is as it was written."""
     try:
         expected = read_json(checkpoint / MANIFEST)["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -135,8 +135,8 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(output_dir: Path, requested: str) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means; None for `latest` where there is none yet. `latest` passes
-    over what is not whole, and says so.
+    """Return the checkpoint that `--resume_from_checkpoint` means; None for `latest` where there is none yet. `latest`
+    passes over what is not whole, and says so.
 
     Raises:
         UsageError: for a path that is not a checkpoint, or not a whole one.

@@ -69,7 +69,7 @@ def sync(path: Path) -> None:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file: against accidents, not against forgery."""
+    """Return the CRC-32 of a file: against accidents, not against forgery."""
     value = 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):

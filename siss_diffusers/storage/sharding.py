@@ -32,7 +32,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def rows_of(parameter: DTensor) -> tuple[slice, ...]:
-    """Where this rank's shard lies in the whole."""
+    """Return where this rank's shard lies in the whole."""
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape))
 
@@ -72,7 +72,7 @@ def load_model(model: ModelMixin, folder: Path) -> None:
 
 
 def skeleton(model: ModelMixin) -> ModelMixin:
-    """The model without weights, of the class that it had before it was sharded."""
+    """Return the model without weights, of the class that it had before it was sharded."""
     model_class = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     with init_empty_weights():
         return model_class.from_config(model.config)

@@ -38,7 +38,7 @@ def split_tensors(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
 
 
 def join_tensors(plain: Any, tensors: dict[str, Any]) -> Any:
-    """The inverse of `split_tensors` (tuples come back as lists)."""
+    """Undo `split_tensors` (tuples come back as lists)."""
     if isinstance(plain, dict):
         if "__tensor__" in plain:
             return tensors[plain["__tensor__"]]
@@ -109,7 +109,7 @@ class SavedTensor:
 
 
 def open_tensors(folder: Path, stem: str) -> dict[str, SavedTensor]:
-    """What `write_tensors` wrote, by name, not yet read."""
+    """Return what `write_tensors` wrote, by name, not yet read."""
     index = folder / index_name(stem)
     if index.is_file():
         return {name: SavedTensor(folder / file, name) for name, file in read_json(index)["weight_map"].items()}
@@ -119,7 +119,7 @@ def open_tensors(folder: Path, stem: str) -> dict[str, SavedTensor]:
 
 
 def save_state(folder: Path | None, state: dict[str, Any]) -> None:
-    """`folder` as in `write_tensors`."""
+    """Save a state; `folder` as in `write_tensors`."""
     plain, tensors = split_tensors(state)
     write_tensors(folder, "state", tensors)
     if folder is not None:
@@ -127,5 +127,5 @@ def save_state(folder: Path | None, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` was given, with a `SavedTensor` for every tensor."""
+    """Return what `save_state` was given, with a `SavedTensor` for every tensor."""
     return join_tensors(read_json(folder / "state.json"), open_tensors(folder, "state"))

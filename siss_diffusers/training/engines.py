@@ -159,16 +159,16 @@ def saves_checkpoints(accelerator: Accelerator) -> bool:
 
 
 def without_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager:
-    """Around the gradient engine, which reduces both gradients itself, once per step: DDP must not. FSDP 2 does it for
-    the engine, in each backward, and DeepSpeed sees no backward of it."""
+    """Keep DDP from reducing around the gradient engine, which reduces both gradients itself, once per step. FSDP 2
+    does it for the engine, in each backward, and DeepSpeed sees no backward of it."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return nullcontext()
     return accelerator.no_sync(model)
 
 
 def callable_network(accelerator: Accelerator, model: nn.Module) -> Callable[..., Any]:
-    """What to call for a prediction in training: under DeepSpeed the network itself, not the engine around it, whose
-    hooks would take every backward for one of theirs; in the precision of its weights."""
+    """Return what to call for a prediction in training: under DeepSpeed the network itself, not the engine around it,
+    whose hooks would take every backward for one of theirs; in the precision of its weights."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return model
     network = accelerator.unwrap_model(model)

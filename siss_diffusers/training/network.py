@@ -122,7 +122,7 @@ class TrainedNetwork:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the parameters are what is saved, evaluated and shown: the moving average where there is one."""
+        """Set the parameters inside to what is saved, evaluated and shown: the moving average where there is one."""
         if self.ema is None:
             yield
             return

@@ -138,11 +138,11 @@ class Problem:
         self.network.reshard()
         if self.thresholds.isnan().any():
             raise RunError(
-                "the starting model's losses are not finite, so there is nothing to forget up to; use --mixed_precision"
-                " bf16 or no, or look at the model"
+                "the starting model's losses are not finite, so no threshold of forgetting can be measured; use"
+                " --mixed_precision bf16 or no, or check the model"
             )
         logger.info(
-            f"Measured the losses to forget up to: {calls} network calls, {time.perf_counter() - started:.1f} s"
+            f"Measured the thresholds of forgetting: {calls} network calls, {time.perf_counter() - started:.1f} s"
         )
 
     def _losses(

@@ -61,7 +61,7 @@ def salted(salt: str, parts: Iterable[bytes | np.ndarray]) -> str:
 
 
 def describe_data(data: dict[str, DataPart], salt: str, lengths: dict[str, int]) -> dict[str, dict]:
-    """The data of `describe_run`.
+    """Return the data of `describe_run`.
 
     Args:
         lengths: how many items of a part to hash; default: all that are used.

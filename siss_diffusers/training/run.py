@@ -82,7 +82,7 @@ class Run:
         return pairs_per_step(self.settings, self.accelerator.num_processes)
 
     def _prepare_repository(self) -> str | None:
-        """Create the repository of --push_to_hub: a token that does not work must not show after the training."""
+        """Create the repository of --push_to_hub before the training, where a bad token shows at once."""
         if not self.settings.push_to_hub:
             return None
         repo_id = self.settings.hub_model_id or self.output_dir.resolve().name
@@ -91,7 +91,7 @@ class Run:
         return on_main_process(lambda: create_repository(repo_id, settings.hub_token, settings.hub_private_repo))
 
     def set_data(self, data: dict[str, DataPart], num_keep: int) -> None:
-        """Take note of the data; refuse to resume another run; find out how long this one is.
+        """Record the data, refuse to resume another run, and find the length of this one.
 
         Raises:
             UsageError: naming what differs from the run that made the checkpoint.

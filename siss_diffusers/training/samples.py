@@ -186,11 +186,7 @@ def number_prompts(
     forget_numbers = prompts.number(training_set.forget_captions)
     keep_numbers = prompts.number(training_set.captions_of(drawn.keep_rows))
     (empty,), validation_numbers = prompts.number([""]), prompts.number(settings.validation_prompts)
-    if prompts.truncated:
-        logger.warning(
-            f"{prompts.truncated} prompts are longer than the {family.max_prompt_tokens(pipeline)} tokens that the"
-            " text encoder takes; what is beyond is not seen"
-        )
+    prompts.warn_of_truncated()
     table, row_of = prompts.embed({*forget_numbers, *keep_numbers, *validation_numbers, empty})
     # With an adapter the frozen weights can be in half precision, and what they are told as well.
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.mixed_precision, torch.float32)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from siss_diffusers.families import Conditions, Family, Sampling
 from siss_diffusers.gradients.stats import StepStats
+from siss_diffusers.metrics.base import NO_PICTURE
 from siss_diffusers.metrics.broken import broken
 from siss_diffusers.metrics.copies import CopyDetectors, copy_statistics
 from siss_diffusers.settings import Settings
@@ -119,8 +120,8 @@ def say(step: int, copy_share: float | None, broken_share: float) -> None:
     """Log what a validation found, samples that are no pictures first."""
     if broken_share > 0:
         logger.warning(
-            f"Step {step}: {100 * broken_share:.2f} % of the samples are broken (not finite, of one colour, or black);"
-            " they do not count as forgotten"
+            f"Step {step}: {100 * broken_share:.2f} % of the samples are broken ({NO_PICTURE}); they do not count as"
+            " forgotten"
         )
     if copy_share is not None:
         logger.info(f"Step {step}: {100 * copy_share:.2f} % of the samples are copies")

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.paths import ROOT
+from tests.helpers.scripts import imported_script
 
 
 SCRIPT = ROOT / "benchmarks" / "scaling.py"
@@ -18,13 +19,8 @@ SCRIPT = ROOT / "benchmarks" / "scaling.py"
 
 @pytest.fixture(scope="module")
 def scaling():
-    sys.path.insert(0, str(SCRIPT.parent))  # as for a script that is run
-    spec = importlib.util.spec_from_file_location("scaling", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scaling"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["scaling"]
+    with imported_script(SCRIPT) as module:
+        yield module
 
 
 def test_pictures_are_read_back_and_no_two_are_alike(scaling):

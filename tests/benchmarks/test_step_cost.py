@@ -1,6 +1,5 @@
 """The benchmark runs and says what it promises; nothing here depends on how fast the machine is."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import torch
 
 from siss_diffusers import PairedGradients, scaling_rule
 from tests.helpers.paths import ROOT
+from tests.helpers.scripts import imported_script
 
 
 SCRIPT = ROOT / "benchmarks" / "step_cost.py"
@@ -18,13 +18,8 @@ SCRIPT = ROOT / "benchmarks" / "step_cost.py"
 
 @pytest.fixture(scope="module")
 def step_cost():
-    sys.path.insert(0, str(SCRIPT.parent))  # as for a script that is run
-    spec = importlib.util.spec_from_file_location("step_cost", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["step_cost"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["step_cost"]
+    with imported_script(SCRIPT) as module:
+        yield module
 
 
 def tiny_model(step_cost):

@@ -1,8 +1,6 @@
 """The estimators of `benchmarks/variance.py` on cases of known answer, and that it runs."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +10,7 @@ import torch
 
 from siss_diffusers import METHODS
 from tests.helpers.paths import ROOT
+from tests.helpers.scripts import imported_script
 from tests.helpers.tiny_problem import TinyNet, draw_query, flatten, trainable
 
 
@@ -20,13 +19,8 @@ SCRIPT = ROOT / "benchmarks" / "variance.py"
 
 @pytest.fixture(scope="module")
 def variance():
-    sys.path.insert(0, str(SCRIPT.parent))  # as for a script that is run
-    spec = importlib.util.spec_from_file_location("variance", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["variance"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["variance"]
+    with imported_script(SCRIPT) as module:
+        yield module
 
 
 def moments_of(variance, keep, forget):

@@ -6,12 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from siss_diffusers.assets.captioned import DIGIT_CAPTIONS, FLOWER_CAPTION, TEMPLE_CAPTION
 from siss_diffusers.auditing import self_similarity
 from siss_diffusers.commands.audit import compare_with_ordinary
-from siss_diffusers.metrics.noise_norm import NOT_IN_ONE_BATCH, TextNoiseNorms
+from siss_diffusers.families import StableDiffusion
+from siss_diffusers.families.sampling import sample_in_batches
+from siss_diffusers.metrics.noise_norm import NOT_IN_ONE_BATCH
 from tests.helpers.commands import run_siss, siss_error
 from tests.helpers.paths import TINY_SD
 from tests.helpers.tiny_sd import save_pipeline
@@ -77,15 +80,35 @@ def test_the_best_match_is_found_among_training_images(model, tmp_path):
     assert row["best_match_file"] == "copy.png" and row["best_match"] > 0.99
 
 
+@torch.no_grad()
+def sample_in_two_calls(family, pipeline, conditions, unconditional, sampling, progress=None):
+    """Sample as many newer pipelines do: each step calls the network once with the prompt and once without."""
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+
+    def draw(rows, generators):
+        scheduler.set_timesteps(sampling.num_inference_steps)
+        latents = torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in generators])
+        tables = [unconditional[[0] * len(generators)], conditions[rows]]
+        for timestep in scheduler.timesteps:
+            without, prompted = (family.predict(pipeline.unet, latents, timestep, table) for table in tables)
+            guided = without + sampling.guidance_scale * (prompted - without)
+            latents = scheduler.step(guided, timestep, latents).prev_sample
+        return family.decode(pipeline, latents)
+
+    return sample_in_batches(draw, len(conditions), sampling, pipeline.unet, progress)
+
+
 def test_without_a_joint_batch_there_is_no_noise_norm_and_the_reason_is_said(model, tmp_path, monkeypatch, capsys):
-    """A pipeline that calls its network once with the prompt and once without."""
-    monkeypatch.setattr(TextNoiseNorms, "_record", lambda *_: None)
-    out = tmp_path / "audit"
+    joint, out = tmp_path / "joint", tmp_path / "audit"
+    run_siss(*flags(model, joint, "--prompts", "a cat"))
+    monkeypatch.setattr(StableDiffusion, "sample", sample_in_two_calls)
     run_siss(*flags(model, out, "--prompts", "a cat", "a dog", "--ordinary_prompts", "a cat"))
     rows = json.loads((out / "audit.json").read_text())["prompts"]
     assert [row["noise_norm"] for row in rows] == [row["noise_norm_first"] for row in rows] == [None, None]
     assert all(row["no_noise_norm"] == NOT_IN_ONE_BATCH and row["self_similarity"] is not None for row in rows)
     assert capsys.readouterr().out.count(f"There is no noise norm: {NOT_IN_ONE_BATCH}.") == 1
+    grids = [np.asarray(Image.open(folder / "samples" / "1.png"), dtype=float) for folder in (joint, out)]
+    np.testing.assert_allclose(*grids, rtol=0, atol=1)  # only the calls differ
 
 
 def test_flags_are_for_what_exceeds_every_ordinary_prompt():

@@ -2,7 +2,12 @@
 
 import pytest
 
-from siss_diffusers.commands.common import count_of, read_object, read_prompts, warn_of_long_prompts
+from siss_diffusers.commands.common import (
+    check_same_settings,
+    count_of,
+    read_object,
+    read_prompts,
+)
 from siss_diffusers.errors import UsageError
 
 
@@ -26,22 +31,12 @@ def test_a_file_that_holds_no_object_is_refused(tmp_path):
     assert read_object("--audit", file) == {"prompts": []}
 
 
-def test_long_prompts_are_counted_and_not_shown(caplog):
-    class TextModel:
-        """A family that sees four letters."""
-
-        def token_ids(self, pipeline, prompts):
-            return [tuple(prompt[:4]) for prompt in prompts], [len(prompt) > 4 for prompt in prompts]
-
-        def max_prompt_tokens(self, pipeline):
-            return 4
-
-    warn_of_long_prompts(TextModel(), None, ["long enough", "four", "secret"])
-    assert caplog.messages == ["2 prompts are longer than the 4 tokens that are seen of each"]
-    caplog.clear()
-    warn_of_long_prompts(TextModel(), None, ["four"])
-    warn_of_long_prompts(TextModel(), None, [])
-    assert not caplog.messages
+def test_a_setting_that_only_the_interrupted_call_had_is_another():
+    settings = {"seed": 0, "model": "x"}
+    check_same_settings("out", "an audit with", settings, settings)
+    for earlier in (settings | {"variant": "fp16"}, {"seed": 0}, settings | {"seed": 1}):
+        with pytest.raises(UsageError, match="--output_dir: out holds an audit with another (variant|model|seed);"):
+            check_same_settings("out", "an audit with", earlier, settings)
 
 
 def test_one_is_singular():

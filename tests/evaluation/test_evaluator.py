@@ -126,7 +126,7 @@ def test_a_prompt_that_is_cut_off_is_counted_and_not_shown(caplog):
     secret = "flower of jane doe"
     evaluator = flowers_evaluator(paraphrases=(f"{secret} " * 30, "a flower"))
     evaluator.warn_of_long_prompts(load_flowers())
-    assert "1 prompts are longer" in caplog.text and secret not in caplog.text
+    assert "1 prompt is longer" in caplog.text and secret not in caplog.text
 
 
 def test_a_network_of_the_settings_that_cannot_be_loaded_names_its_flag():

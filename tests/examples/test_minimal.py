@@ -1,5 +1,3 @@
-import importlib.util
-
 import torch
 from diffusers import DDPMPipeline
 
@@ -7,13 +5,10 @@ from siss_diffusers import GaussianPath
 from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.noising import mean_squared_error
 from tests.helpers.paths import ROOT, TINY_MODEL
+from tests.helpers.scripts import imported_script
 
 
-def load_example():
-    spec = importlib.util.spec_from_file_location("minimal", ROOT / "examples" / "minimal.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EXAMPLE = ROOT / "examples" / "minimal.py"
 
 
 @torch.no_grad()
@@ -29,12 +24,13 @@ def loss(pipeline, images: torch.Tensor) -> float:
 
 
 def test_the_loop_forgets_the_garment_and_keeps_the_digits():
-    example = load_example()
-    base, unlearned = DDPMPipeline.from_pretrained(TINY_MODEL), example.main(steps=30)
-    garment, digits = example.to_model(garment_image()[None]), example.to_model(digit_images()[0][:64])
+    base = DDPMPipeline.from_pretrained(TINY_MODEL)
+    with imported_script(EXAMPLE) as example:
+        unlearned = example.main(steps=30)
+        garment, digits = example.to_model(garment_image()[None]), example.to_model(digit_images()[0][:64])
     assert loss(unlearned, garment) > 2 * loss(base, garment)
     assert loss(unlearned, digits) < 1.2 * loss(base, digits)
 
 
 def test_the_example_is_short():
-    assert len((ROOT / "examples" / "minimal.py").read_text().splitlines()) <= 80
+    assert len(EXAMPLE.read_text().splitlines()) <= 80

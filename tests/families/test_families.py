@@ -22,7 +22,7 @@ from siss_diffusers.families import (
     Unconditional,
     find_family,
 )
-from siss_diffusers.families.prompts import Prompts
+from siss_diffusers.families.prompts import Prompts, warn_of_long_prompts
 from siss_diffusers.families.stable_diffusion import EMBEDDING_BATCH
 from tests.helpers import tiny_ddpm, tiny_sd
 
@@ -109,8 +109,17 @@ def test_prompts_of_the_same_tokens_are_one_condition(loaded):
     table, row_of = prompts.embed([1, 1, 0])
     assert len(table) == 2 and row_of == {0: 0, 1: 1}
     assert prompts.truncated == 0
-    prompts.number(["long " * loaded[0].max_prompt_tokens(loaded[1])])
-    assert prompts.truncated == 1
+
+
+@with_prompts
+def test_long_prompts_are_counted_and_not_shown(loaded, caplog):
+    limit = loaded[0].max_prompt_tokens(loaded[1])
+    for number in (0, 1, 2):
+        warn_of_long_prompts(*loaded, ["a photograph", *["secret " * limit] * number])
+    assert caplog.messages == [
+        f"{prompts} longer than the {limit} tokens that the model reads; the rest is ignored"
+        for prompts in ("1 prompt is", "2 prompts are")
+    ]
 
 
 @with_prompts

@@ -4,10 +4,10 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 
-def build_pipeline() -> DDIMPipeline:
+def build_pipeline(sample_size: int = 8) -> DDIMPipeline:
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=8,
+        sample_size=sample_size,
         in_channels=1,
         out_channels=1,
         block_out_channels=(4, 4),

@@ -22,7 +22,7 @@ from siss_diffusers.storage.tensors import load_state
 from tests.helpers.commands import assert_refused, to_argv
 from tests.helpers.paths import TINY_MODEL
 from tests.helpers.pictures import SECRET, read_metadata
-from tests.helpers.runs import LORA, UNET, read_log, without_times
+from tests.helpers.runs import LORA, UNET, assert_resuming_changes_nothing, read_log
 
 
 pytestmark = pytest.mark.slow  # tests/methods and tests/training cover the method and its parts quickly
@@ -134,18 +134,7 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(kind, base_args, lora_args,
     main, flags = train_siss_unconditional.main, base_args | {"--learning_rate": "1e-3"}
     if kind == "lora":
         main, flags = train_siss_sd.main, lora_args | {"--calibrate_forgetting": "0.75"}
-    flags = flags | REDIRECT | {"--max_train_steps": "4", "--checkpointing_steps": "2"}
-    main(to_argv(flags))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    whole, resumed, weights = tmp_path / "out", tmp_path / "resumed", LORA if kind == "lora" else UNET
-    shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / "checkpoint-4")
-    (resumed / weights).unlink()
-    main(to_argv(flags | {"--output_dir": str(resumed), "--resume_from_checkpoint": "latest"}))
-    for name in (weights, "checkpoint-4/state.safetensors"):
-        first, second = load_file(whole / name), load_file(resumed / name)
-        assert first.keys() == second.keys() and all(first[key].equal(second[key]) for key in first), name
-    assert without_times(read_log(whole)) == without_times(read_log(resumed))
+    assert_resuming_changes_nothing(main, flags | REDIRECT, LORA if kind == "lora" else UNET, tmp_path)
 
 
 def test_another_number_of_images_is_another_run(base_args, tmp_path, capfd):

@@ -91,7 +91,7 @@ BAD_INPUT = {
     "range of forgetting for one side": (
         {"--forget_timestep_ranges": "200 900", "--method": "neggrad"},
         None,
-        "--forget_timestep_ranges needs a keep side and a forget side, not --method neggrad",
+        "--forget_timestep_ranges does not apply to --method neggrad",
     ),
     "resume path that does not exist": (
         {"--resume_from_checkpoint": "checkpoint-9"},

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 from tests.helpers.commands import assert_refused, to_argv
 from tests.helpers.paths import TINY_MODEL
-from tests.helpers.runs import UNET, read_log, without_times
+from tests.helpers.runs import UNET, assert_resuming_changes_nothing, read_log
 from train_siss_unconditional import main
 
 
@@ -24,20 +24,7 @@ from train_siss_unconditional import main
     ids=["ema-cosine-calibrated", "norm-accumulated", "lagged", "ranges", "sequence"],
 )
 def test_resume_is_the_uninterrupted_run_bit_for_bit(flags, base_args, tmp_path):
-    flags = base_args | {"--max_train_steps": "4", "--checkpointing_steps": "2"} | flags
-    main(to_argv(flags))
-    whole, resumed = tmp_path / "out", tmp_path / "resumed"
-    shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / "checkpoint-4")
-    (resumed / UNET).unlink()
-    main(to_argv(flags | {"--output_dir": str(resumed), "--resume_from_checkpoint": "latest"}))
-    for name in (UNET, f"checkpoint-4/{UNET}", "checkpoint-4/state.safetensors"):
-        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
-    states = [json.loads((folder / "checkpoint-4" / "state.json").read_text()) for folder in (whole, resumed)]
-    for state in states:
-        del state["progress"]["train_seconds"]
-    assert states[0] == states[1]
-    assert without_times(read_log(whole)) == without_times(read_log(resumed))
+    assert_resuming_changes_nothing(main, base_args | flags, UNET, tmp_path)
 
 
 @pytest.fixture

@@ -26,6 +26,14 @@ def test_a_setting_is_a_flag_of_its_name_with_help(kind):
     assert len({action.dest for action in parser._actions}) == len(fields(kind)) + 1  # and --help
 
 
+def test_help_tells_the_default():
+    parser = Parser(prog="train")
+    add_flags(parser, TextToImageSettings)
+    helps = {action.dest: action.help for action in parser._actions}
+    assert helps["rank"] == "Rank of the adapter; default: 4."
+    assert helps["num_redirect_images"].count("efault") == 1 and "efault" not in helps["use_lora"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_flags_left_out_are_the_defaults_of_python(kind):
     parsed = parse_settings(kind, "", MODEL)

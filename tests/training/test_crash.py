@@ -26,12 +26,6 @@ EVERY_STEP = {
 PROGRAMS = {"unconditional": ("train_siss_unconditional", UNET), "lora": ("train_siss_sd", LORA)}
 
 
-@pytest.fixture(scope="module")
-def forker(tmp_path_factory):
-    with Forker(tmp_path_factory.mktemp("logs")) as forker:
-        yield forker
-
-
 @pytest.fixture(params=["unconditional", pytest.param("lora", marks=pytest.mark.slow)])
 def script(request) -> tuple[str, str, dict]:
     """A script, the weights that it saves, and the flags of a run of 8 steps with a checkpoint at each of them."""

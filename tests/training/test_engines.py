@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from siss_diffusers.storage.files import read_json
 from tests.helpers.commands import to_argv
-from tests.helpers.forked import Forker, run_group, start_group
+from tests.helpers.forked import run_group, start_group
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import assert_same_gradients, read_log
 from tests.helpers.tiny_problem import relative_error
@@ -59,12 +59,6 @@ QUICK = ("unconditional", "LoRA", "LoRA, redirect", "LoRA, one-sided ranks")
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 FSDP2 |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResnetBlock2D"}
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-
-
-@pytest.fixture(scope="module")
-def forker(tmp_path_factory):
-    with Forker(tmp_path_factory.mktemp("logs")) as forker:
-        yield forker
 
 
 @pytest.fixture

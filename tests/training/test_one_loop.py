@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 import train_siss_sd
@@ -19,6 +18,7 @@ from siss_diffusers.training.problem import Problem
 from siss_diffusers.training.state import Progress
 from tests.helpers.commands import assert_refused, to_argv
 from tests.helpers.runs import UNET, read_log
+from tests.helpers.tiny_ddpm import build_pipeline
 
 
 VALIDATION = {"--num_validation_images": "2", "--eval_batch_size": "2"}
@@ -26,19 +26,7 @@ VALIDATION = {"--num_validation_images": "2", "--eval_batch_size": "2"}
 
 def test_copies_are_judged_at_one_size(base_args, tmp_path, monkeypatch):
     """That of `siss evaluate`, whatever the resolution of the model; full size once, in one script."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=96,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(4, 4),
-        norm_num_groups=2,
-        attention_head_dim=2,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "large")
+    build_pipeline(sample_size=96).save_pretrained(tmp_path / "large")
     sizes, calibrated = [], CopyDetectors.calibrated.__func__
 
     def spy(cls, references, keep):
