@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from calibrated_forgetting import SAMPLING_SEED, describe, measure
+from calibrated_forgetting import SAMPLING_SEED, SETTINGS, describe, measure
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -66,7 +66,7 @@ def digits_flags(data: Path) -> dict[str, str | list[str]]:
 
 
 def text_flags(data: Path) -> dict[str, str | list[str] | None]:
-    return demo_sd.SETTINGS | {
+    return SETTINGS | {
         "--pretrained_model_name_or_path": str(demo_sd.MODEL),
         "--train_data_dir": str(data),
         "--use_lora": None,

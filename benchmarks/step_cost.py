@@ -1,7 +1,7 @@
 """Seconds and peak memory of one optimizer step, side by side: `python benchmarks/step_cost.py [--json]`.
 
 plain: ordinary diffusers fine-tuning of the same batch. siss, siss_no_is: ours. siss_lagged: ours in between the steps of
---forget_scale_every that find a scale. two_backward: the published SISS step, written from its equations. What is timed, and how, is in benchmarks/README.md.
+--forget_scale_every that find a scale. redirect: with 1,000 images to keep on the device. two_backward: the published SISS step, written from its equations. What is timed, and how, is in benchmarks/README.md.
 """
 
 import argparse
@@ -27,9 +27,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from siss_diffusers import METHODS, GaussianPath, PairedGradients, Query, importance_weights, scaling_rule
 from siss_diffusers.assets.digits import digit_images, garment_image
 from siss_diffusers.gradients.grouping import split_by_side
+from siss_diffusers.settings.shared import DEFAULT_REDIRECT_IMAGES
 
 
-VARIANTS = ("plain", "siss", "siss_lagged", "siss_no_is", "two_backward")
+VARIANTS = ("plain", "redirect", "siss", "siss_lagged", "siss_no_is", "two_backward")
 LAM = 0.5
 LAGGED_SCALE = 0.1
 SCALING_NORM = 5.0  # of the published digits experiment; its value does not change the cost
@@ -143,16 +144,25 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-6, fused=True)
         self.compute_gradients = getattr(self, variant, self.ours)
         self.forget_scale = LAGGED_SCALE if variant == "siss_lagged" else None
-        if self.compute_gradients == self.ours:
+        if self.compute_gradients in (self.ours, self.redirect):
             self.method = METHODS[variant.removesuffix("_lagged")]()
             rule = self.method.rule(scaling_rule("relative", 0.1))
             self.gradients = PairedGradients(self.network.parameters(), rule)
+        if variant == "redirect":
+            images, _ = model.images(DEFAULT_REDIRECT_IMAGES, torch.Generator().manual_seed(1))
+            self.keep_posterior = step_cost_sd.keep_posterior(images.to(device))
 
     def __call__(self, query: Query) -> None:
         self.compute_gradients(query)
         self.optimizer.step()
-        if self.compute_gradients != self.ours:  # whose gradients are views of a buffer that it clears itself
+        if self.compute_gradients not in (
+            self.ours,
+            self.redirect,
+        ):  # whose gradients are views of a buffer that it clears itself
             self.optimizer.zero_grad(set_to_none=True)
+
+    def redirect(self, query: Query) -> None:
+        self.ours(step_cost_sd.with_posterior_means(query, self.keep_posterior))
 
     def ours(self, query: Query) -> None:
         self.gradients.compute(
@@ -203,8 +213,8 @@ class Step:
 def count_rows(variant: str, queries: list[Query]) -> tuple[float, float]:
     """Rows that run forward and rows that run backward, each time they do: means over the steps."""
     batch = len(queries[0].keep)
-    if variant not in METHODS:
-        return batch, 2 * batch if variant == "two_backward" else batch  # siss_lagged: as plain
+    if variant not in METHODS or variant == "redirect":
+        return batch, 2 * batch if variant == "two_backward" else batch  # siss_lagged, redirect: as plain
     rows = [METHODS[variant]().rows(query) for query in queries]
     forward, backward = [], []
     for row in rows:

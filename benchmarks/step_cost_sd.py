@@ -2,8 +2,11 @@
 
 plain: text-to-image fine-tuning as the official script does it, the VAE and the text encoder in the loop. plain_cached,
 plain_lora: the same from cached latents and embeddings, in full and by LoRA. two_backward: the published SISS step,
-encoders in the loop, written from its equations. siss, siss_lora: ours, from cached latents. Weights are random.
+encoders in the loop, written from its equations. siss, redirect and the same by LoRA: ours, from cached latents; redirect with
+1,000 of them on the device. Weights are random.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +16,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from siss_diffusers import METHODS, GaussianPath, PairedGradients, Query, importance_weights, scaling_rule
 from siss_diffusers.families import StableDiffusion
 from siss_diffusers.settings import AdapterSettings
+from siss_diffusers.settings.shared import DEFAULT_REDIRECT_IMAGES
 from siss_diffusers.training.adapters import add_lora
+from siss_diffusers.training.redirection import KeepPosterior
 
 
-VARIANTS = ("plain_cached", "plain", "siss", "two_backward", "plain_lora", "siss_lora")
+VARIANTS = ("plain_cached", "plain", "redirect", "siss", "two_backward", "plain_lora", "redirect_lora", "siss_lora")
 PROMPT_LENGTH = 77
 SCALING_NORM = 750.0  # of the published experiment; its value does not change the cost
 LAM = 0.5
@@ -80,6 +85,17 @@ def draw_batches(size: int, batch: int, count: int) -> list[dict[str, torch.Tens
     return batches
 
 
+def keep_posterior(images: torch.Tensor) -> KeepPosterior:
+    """All of the images stand in for any condition."""
+    return KeepPosterior(images, {}, torch.arange(len(images), device=images.device))
+
+
+def with_posterior_means(query: Query, posterior: KeepPosterior) -> Query:
+    """What `redirect` needs. The thresholds are those of a loss of 0.1, their value does not change the cost."""
+    thresholds = torch.full(query.timesteps.shape, 0.1)
+    return replace(query, posterior_mean=posterior.means(query), thresholds=thresholds, keep_thresholds=thresholds)
+
+
 class Step:
     """One optimizer step of a variant, from pictures or latents on the host to new weights."""
 
@@ -101,20 +117,22 @@ class Step:
         if variant in ("plain", "two_backward"):
             self.vae = vae.requires_grad_(False).to(device, self.dtype)
             self.text_encoder = text_encoder.requires_grad_(False).to(device, self.dtype)
-        if variant.startswith("siss"):
-            self.method = METHODS["siss"](lam=LAM)
+        self.keep_posterior, name = None, variant.removesuffix("_lora")
+        self.is_ours = name in METHODS
+        if self.is_ours:
+            self.method = METHODS[name](lam=LAM)
             self.gradients = PairedGradients(self.parameters, self.method.rule(scaling_rule("relative", 0.1)))
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> None:
         with torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda"):
-            if self.variant.startswith("siss"):
+            if self.is_ours:
                 self.ours(batch)
             elif self.variant == "two_backward":
                 self.two_backward({name: value.to(self.device, non_blocking=True) for name, value in batch.items()})
             else:
                 self.plain({name: value.to(self.device, non_blocking=True) for name, value in batch.items()})
         self.optimizer.step()
-        if not self.variant.startswith("siss"):
+        if not self.is_ours:
             self.optimizer.zero_grad(set_to_none=True)
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -130,6 +148,13 @@ class Step:
             from_forget=batch["from_forget"],
             path=self.path,
         )
+        if self.method.name == "redirect":
+            if self.keep_posterior is None:  # in the first step, which is not timed
+                images = torch.randn(
+                    DEFAULT_REDIRECT_IMAGES, *keep.shape[1:], generator=torch.Generator().manual_seed(1)
+                )
+                self.keep_posterior = keep_posterior(images.to(self.device))
+            query = with_posterior_means(query, self.keep_posterior)
         self.gradients.compute(
             [self.method.rows(query)],
             lambda rows: self.predict(rows.noisy, rows.timesteps, self.hidden_states.expand(len(rows), -1, -1)),

@@ -4,7 +4,6 @@ Everything that the demo needs is in the package: the model, and scikit-learn's 
 """
 
 import argparse
-import json
 import shutil
 import time
 from pathlib import Path
@@ -44,18 +43,8 @@ GUIDANCE_SCALE = 3.0
 SHOWN_CAPTIONS = (*[FLOWER_CAPTION] * 2, TEMPLE_CAPTION, DIGIT_CAPTIONS[3], DIGIT_CAPTIONS[7])
 COLUMNS = 12
 CURVE_METRICS = [METRICS[key] for key in ("copy_share", "others", "others_distance_to_keep", "others_sharpness")]
-# What the training script is told; the rest are its defaults.
-SETTINGS = {
-    "--method": "siss",
-    "--forget_scaling": "relative",
-    "--forget_scale": "1",
-    "--calibrate_forgetting": "0.75",
-    "--rank": "8",
-    "--learning_rate": "1e-3",
-    "--train_batch_size": "16",
-    "--max_train_steps": "150",
-    "--checkpointing_steps": "25",
-}
+# What the training script is told of the method and of how long; the rest are its defaults.
+SETTINGS = {"--max_train_steps": "150", "--checkpointing_steps": "25"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -144,21 +133,14 @@ def draw_grid(path: Path, models: dict[str, tuple[MeasuredModel, float | None]])
     return blocks
 
 
-def plot_forgetting(path: Path, curve: list[tuple[int, dict]], log: list[dict]) -> None:
+def plot_forgetting(path: Path, curve: list[tuple[int, dict]]) -> None:
     steps = [step for step, _ in curve]
     low, high = ([100 * point[key] for _, point in curve] for key in ("copy_share_low", "copy_share_high"))
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     axis.fill_between(steps, low, high, alpha=0.2, color="tab:red", linewidth=0, label="95 % interval")
     axis.plot(steps, [100 * point["copy_share"] for _, point in curve], "o-", color="tab:red", label="copies")
-    axis.plot(
-        [line["step"] for line in log],
-        [100 * line["forget_active"] for line in log],
-        color="tab:blue",
-        linewidth=0.8,
-        label="forget weight still pushed",
-    )
-    axis.set_xlabel("SISS steps")
-    axis.set_ylabel("%")
+    axis.set_xlabel("steps")
+    axis.set_ylabel("% of samples")
     axis.set_ylim(0, 100)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
@@ -198,8 +180,7 @@ def main() -> None:
     )
     same_at_scale_0 = blocks["base"].equal(blocks["adapter at scale 0"])
     curve = forgetting_curve(evaluator, adapter, args.num_curve_samples)
-    log = [json.loads(line) for line in (adapter / "train_log.jsonl").read_text().splitlines()]
-    plot_forgetting(args.output_dir / "forgetting.png", curve, log)
+    plot_forgetting(args.output_dir / "forgetting.png", curve)
 
     seconds = time.perf_counter() - started
     settings = {

@@ -30,23 +30,9 @@ from siss_diffusers.metrics.pictures import save_grid
 from siss_diffusers.quiet import quiet_loading
 from siss_diffusers.storage.checkpoints import list_checkpoints
 from siss_diffusers.storage.files import write_json
-from siss_diffusers.storage.tensors import load_state
 
 
 MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_ddpm_digits"
-# What the training script is told; the rest are its defaults.
-SETTINGS = {
-    "--method": "siss",
-    "--forget_scaling": "relative",
-    "--forget_scale": "1",
-    "--calibrate_forgetting": "0.9",
-    # High noise first, where what is drawn is decided, and then low noise, which makes the likelihood.
-    "--forget_timestep_ranges": ["300", "1000", "0", "300"],
-    "--forget_timestep_schedule": "sequential",
-    "--use_ema": None,
-    "--train_batch_size": "64",
-    "--learning_rate": "1e-4",
-}
 CURVE_METRICS = [METRICS["copy_share"], METRICS["inception_score"]]
 
 
@@ -104,15 +90,6 @@ def faster(pipeline: DDPMPipeline) -> DDPMPipeline:
     return pipeline
 
 
-def averaged_unet(checkpoint: Path) -> UNet2DModel:
-    """Load the model that the run would have saved if it had ended there."""
-    unet = UNet2DModel.from_pretrained(checkpoint / "unet")
-    averages = load_state(checkpoint)["ema"]["shadow_params"]
-    for parameter, average in zip(unet.parameters(), averages, strict=True):
-        parameter.data.copy_(average[...])
-    return unet
-
-
 def plot_forgetting(path: Path, curve: list[tuple[int, dict]]) -> None:
     steps = [step for step, _ in curve]
     shares = [100 * point["copy_share"] for _, point in curve]
@@ -128,7 +105,7 @@ def plot_forgetting(path: Path, curve: list[tuple[int, dict]]) -> None:
     below.axhline(0.98 * scores[0], linestyle=":", color="grey", label="base less 2 %")
     below.set_ylim(0.9 * scores[0], 1.05 * scores[0])
     below.set_ylabel("inception score")
-    below.set_xlabel("SISS steps")
+    below.set_xlabel("steps")
     below.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -138,11 +115,12 @@ def main() -> None:
     started = time.perf_counter()
     shutil.rmtree(args.output_dir, ignore_errors=True)
     garment = write_training_folder(args.output_dir / "data")
-    flags = SETTINGS | {
+    flags = {
         "--pretrained_model_name_or_path": str(MODEL),
         "--train_data_dir": str(garment.parent),
         "--forget_files": garment.name,
         "--output_dir": str(args.output_dir / "model"),
+        "--train_batch_size": "64",
         "--max_train_steps": str(args.max_train_steps),
         "--checkpointing_steps": str(args.checkpointing_steps),
         "--cache_dir": str(args.output_dir / "cache"),
@@ -190,7 +168,7 @@ def forgetting_curve(
     for checkpoint in list_checkpoints(args.output_dir / "model"):
         step = int(checkpoint.name.rpartition("-")[2])
         if step not in models:
-            pipeline = faster(DDPMPipeline(averaged_unet(checkpoint), base.scheduler))
+            pipeline = faster(DDPMPipeline(UNet2DModel.from_pretrained(checkpoint / "unet"), base.scheduler))
             models[step] = evaluator.model(f"step {step}", pipeline, num_samples=count)
     return [(step, measure(models[step], CURVE_METRICS)[0]) for step in sorted(models)]
 
@@ -220,7 +198,7 @@ def print_table(results: dict, args: argparse.Namespace, train_seconds: float, s
     for label, *values in rows:
         print(f"{label:36}" + "".join(f"{value:>26}" for value in values))
     print(
-        f"\n{settings['global_step']} steps of SISS in {train_seconds:.0f} s, the whole demo in {seconds:.0f} s."
+        f"\n{settings['global_step']} steps in {train_seconds:.0f} s, the whole demo in {seconds:.0f} s."
         f" Pictures and evaluation.json: {args.output_dir}"
     )
 

@@ -54,6 +54,7 @@ def base_args(digits_folder, cache_dir, tmp_path) -> dict[str, str | None]:
         "--pretrained_model_name_or_path": str(TINY_MODEL),
         "--train_data_dir": str(digits_folder),
         "--forget_files": "garment_0.png",
+        "--method": "siss",  # has both sides, and measures nothing beforehand
         "--output_dir": str(tmp_path / "out"),
         "--cache_dir": str(cache_dir),
         "--max_train_steps": "2",
@@ -87,6 +88,7 @@ def full_args(pipeline_folder, captioned_folder, cache_dir, tmp_path) -> dict[st
         "--train_batch_size": "4",
         "--learning_rate": "1e-3",
         "--report_to": "none",
+        "--method": "siss",
         "--calibrate_forgetting": "off",  # it takes longer than these runs; the tests that are about it ask for it
     }
 

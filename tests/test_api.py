@@ -41,14 +41,14 @@ def stable_diffusion(pipeline_folder) -> StableDiffusionPipeline:
 @pytest.fixture
 def digits(digits_folder, garment_folder, cache_dir) -> dict:
     """The arguments of a short run on the digits."""
-    data = {"forget": garment_folder, "keep": digits_folder}
+    data = {"forget": garment_folder, "keep": digits_folder, "method": "siss"}
     return data | SHORT | {"learning_rate": 1e-4, "cache_dir": str(cache_dir)}
 
 
 @pytest.fixture
 def captioned(captioned_folder, cache_dir) -> dict:
     """The arguments of a short run on captioned pictures, whose column says what to forget."""
-    options = {"learning_rate": 1e-3, "calibrate_forgetting": "off", "cache_dir": str(cache_dir)}
+    options = {"method": "siss", "learning_rate": 1e-3, "calibrate_forgetting": "off", "cache_dir": str(cache_dir)}
     return {"keep": captioned_folder} | SHORT | options
 
 

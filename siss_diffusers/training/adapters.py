@@ -1,12 +1,14 @@
 """LoRA adapters: thin calls into peft and diffusers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
@@ -54,6 +56,27 @@ def add_lora(network: nn.Module, adapter: AdapterSettings, dtype: torch.dtype) -
         )
     )
     cast_training_params(network, dtype=torch.float32)
+
+
+@contextmanager
+def adapter_off(network: nn.Module) -> Iterator[None]:
+    """Inside, the network answers as if it had no adapter.
+
+    The scale is 0. Disabling the layers would freeze their weights meanwhile, and FSDP 2 does not notice when they are
+    trained again.
+    """
+    layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
+
+    def set_scale(scale: float) -> None:
+        for layer in layers:
+            for name in layer.active_adapters:
+                layer.set_scale(name, scale)
+
+    set_scale(0.0)
+    try:
+        yield
+    finally:
+        set_scale(1.0)
 
 
 def save_lora(network: nn.Module, folder: Path | None, pipeline_class: Any, network_name: str) -> None:

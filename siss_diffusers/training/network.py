@@ -19,7 +19,7 @@ from siss_diffusers.gradients.buffers import local
 from siss_diffusers.settings import Settings
 from siss_diffusers.storage.files import LORA_FILE
 from siss_diffusers.storage.sharding import are_finite, is_sharded, load_model, reshard, save_model
-from siss_diffusers.training.adapters import add_lora, load_lora, save_lora
+from siss_diffusers.training.adapters import adapter_off, add_lora, load_lora, save_lora
 from siss_diffusers.training.engines import callable_network, make_optimizer, take_step
 
 
@@ -93,12 +93,10 @@ class TrainedNetwork:
         if self.frozen_copy is not None:
             with self.accelerator.autocast():
                 return self.family.predict(self.frozen_copy, noisy, model_timesteps, conditions).float()
-        self.module.disable_adapters()
-        try:
-            return self.predict(noisy, model_timesteps, conditions).float()
-        finally:
-            self.module.enable_adapters()
-            self.reshard()
+        with adapter_off(self.module):
+            output = self.predict(noisy, model_timesteps, conditions).float()
+        self.reshard()
+        return output
 
     def step(self, gradients: PairedGradients, stats: StepStats) -> dict[str, float]:
         """Step down the combined gradient; a skipped step has none.

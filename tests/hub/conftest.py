@@ -44,6 +44,7 @@ def finished(forker, server, tmp_path_factory, pipeline_folder, captioned_folder
         "--train_batch_size": "4",
         "--learning_rate": "1e-2",
         "--report_to": "none",
+        "--method": "siss",
         "--calibrate_forgetting": "off",
     }
     for kind, more in (("lora", {"--use_lora": None}), ("full", {})):

@@ -55,13 +55,13 @@ def test_nothing_that_names_what_is_forgotten_is_public(kind):
 
 def test_what_may_be_published():
     public = UnconditionalSettings(seed=3, forget_value="me", hub_token="hf_x", num_train_epochs=2).public()
-    assert public["seed"] == 3 and public["num_epochs"] == 2 and public["method"] == "siss"
+    assert public["seed"] == 3 and public["num_epochs"] == 2 and public["method"] == "redirect"
     assert not {"forget_value", "hub_token", "output_dir"} & public.keys()
 
 
 def test_values_are_checked_as_flags_are():
     settings = UnconditionalSettings.from_values(
-        {"forget_timestep_ranges": [(300, 1000), (0, 300)], "forget_scale": 1}
+        {"method": "siss", "forget_timestep_ranges": [(300, 1000), (0, 300)], "forget_scale": 1}
     )
     assert resolve(settings)[0].forget_timestep_ranges == [(300, 1000), (0, 300)]
     assert settings.forget_scale == 1.0

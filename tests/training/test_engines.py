@@ -53,6 +53,11 @@ CASES = {
     "LoRA, one-sided ranks": (SD, {"--use_lora": None, "--method": "subscore_bernoulli"}, 1),
     "unconditional, redirect": (UNCONDITIONAL, {"--method": "redirect", "--calibrate_forgetting": "0.75"}, 2),
     "LoRA, redirect": (SD, {"--use_lora": None, "--method": "redirect"}, 2),
+    "LoRA, keep target of the base": (
+        SD,
+        {"--use_lora": None, "--method": "redirect", "--keep_target": "base"},
+        2,
+    ),
     "LoRA, two network calls": (SD, {"--use_lora": None, "--method": "siss_no_is", "--forget_scaling": "nash"}, 2),
 }
 QUICK = ("unconditional", "LoRA", "LoRA, redirect", "LoRA, one-sided ranks")
