@@ -76,7 +76,7 @@ def test_of_a_data_set_whose_folders_are_splits_train_is_read_and_the_others_are
     folder = write(tmp_path / "f", "train/a.png", "train/test_b.png", "test/c.png", "validation/d.png")
     rows = keep_set(folder, by_name=True)
     assert names_of(rows, folder) == ["train/a.png", "train/test_b.png"]
-    assert rows.passed_over == "the splits test, validation"
+    assert rows.passed_over == "the split test (1 rows), the split validation (1 rows)"
     assert len(keep_set(folder).rows) == 4
 
 
@@ -180,7 +180,7 @@ class TestForgetSet:
         (folder / "link2").symlink_to(tmp_path / "elsewhere")
         assert names_of(forget_set(folder), folder) == ["a.png", "link/b.png", "real/c.png"]
         (folder / "above").symlink_to(tmp_path)
-        assert "(above)" in refusal(forget_set, folder)
+        assert "above leads to a folder that holds" in refusal(forget_set, folder)
 
     @pytest.mark.parametrize("suffix", ["gif", "tiff", "webp", "png"])
     def test_a_file_of_several_pictures_is_refused(self, suffix, tmp_path):
@@ -211,7 +211,9 @@ class TestForgetSet:
             "checked": 2,
         }
         assert split.counts() == counts
-        assert "--train_data_dir: passed over 1 files that are no images by their suffix (1 .txt)" in caplog.text
+        assert (
+            "--train_data_dir: passed over 1 files that are no images by their suffix (1 .txt: a.txt)" in caplog.text
+        )
 
 
 class TestMetadata:
@@ -238,7 +240,9 @@ class TestMetadata:
         [
             *(("7", "42", ["7", "42"]), ('"x"', "7", ["x", "7"]), ("true", '"x"', ["true", "x"])),
             *(('["p", "q"]', '"r"', ["p", "r"]), ('["p"]', "[3]", ["p", "3"]), ('""', '"x"', ["", "x"])),
-            *(('"NA"', '"null"', ["NA", "null"]), ("1.50", '"x"', ["1.5", "x"]), ("7", "2.0", ["7.0", "2.0"])),
+            *(('"NA"', '"null"', ["NA", "null"]), ("1.50", '"x"', ["1.50", "x"]), ("7", "2.0", ["7", "2.0"])),
+            *(("1", "2.5", ["1", "2.5"]), ("1e5", "2.5", ["1e5", "2.5"]), ("[1, 3]", "[2.5]", ["1", "2.5"])),
+            *(("0.1", "3.25", ["0.1", "3.25"]), ("12345678901234567890", "1.0", ["12345678901234567890", "1.0"])),
         ],
     )
     def test_captions_are_as_they_are_written(self, first, second, expected, tmp_path):
@@ -274,6 +278,15 @@ class TestMetadata:
         lines = [{"file_name": name, "text": text} for name, text in (("train.png", ["p", "q"]), ("b.png", 7))]
         write_lines(folder, *lines, {"file_name": "c.png", "text": None})
         assert read_captions(str(folder), "text", str(tmp_path / "cache")) == ["p", "q", "7"]
+
+    def test_numbers_are_as_written_however_far_apart_they_stand(self, tmp_path):
+        """In lines that are not read at a time, and in several files of metadata."""
+        folder = write(tmp_path / "f", "a/a.png", "b/b.png")
+        write_lines(folder / "a", *({"file_name": "a.png", "text": 1} for _ in range(20_000)))
+        with (folder / "a" / "metadata.jsonl").open("a") as file:
+            file.write('{"file_name": "a.png", "text": 2.5}')
+        write_lines(folder / "b", {"file_name": "b.png", "text": 7})
+        assert set(keep_set(folder).rows["text"]) == {"1", "2.5", "7"}
 
     def test_many_lines_keep_their_order(self, tmp_path):
         """More than are read at a time, the kind of whose values changes."""
