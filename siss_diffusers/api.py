@@ -12,11 +12,11 @@ from PIL import Image
 
 from siss_diffusers.curation import sample_keep_images
 from siss_diffusers.data.captions import load_captions
-from siss_diffusers.data.forget_set import forget_rows_of
+from siss_diffusers.data.forget_set import forget_rows_of, warn_of_marks
 from siss_diffusers.data.images import ImageTransform
 from siss_diffusers.data.memory import rows_of
 from siss_diffusers.data.sources import ImageRows
-from siss_diffusers.data.split import GivenRows
+from siss_diffusers.data.split import GivenRows, refuse_forget_rows
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families import Family, LoadedPipeline, Sampling, find_family
 from siss_diffusers.outcome import Outcome
@@ -71,6 +71,7 @@ def unlearn(
     check_python_settings(settings)
     if isinstance(keep, str | Path):
         settings["train_data_dir"] = str(keep)  # what `forget_files` are names within
+    check_one_forget_set(forget, settings)
     chosen, method, rule = resolve(settings_class.from_values({"report_to": "none"} | settings))
     family = family_class.from_source(source, chosen.resolution)
     if getattr(family.network(pipeline), "peft_config", None):
@@ -81,7 +82,10 @@ def unlearn(
     chosen = with_family_defaults(chosen, family, source)
     temporary = None if "output_dir" in settings else TemporaryDirectory(prefix="siss-")
     if temporary is None:
-        check_output_dir(chosen)
+        named = {"forget": forget, "pipeline": pipeline.config.get("_name_or_path")}
+        check_output_dir(
+            chosen, {name: at_home(value) for name, value in named.items() if isinstance(value, str | Path)}
+        )
     else:
         chosen = chosen.replace(output_dir=temporary.name, checkpointing_steps=None)
     with own_accelerator_state(), made_folder("--output_dir", chosen.output_dir):
@@ -103,6 +107,19 @@ def check_python_settings(settings: dict[str, Any]) -> None:
             raise UsageError(f"{name} is a flag of the scripts; in Python {instead}")
     if settings.get("push_to_hub") and "output_dir" not in settings:
         raise UsageError("push_to_hub needs output_dir; or call `push_to_hub(repo_id)` of what unlearn returns")
+
+
+def check_one_forget_set(forget: Any, settings: dict[str, Any]) -> None:
+    """Refuse images to forget beside settings that name others in the keep set: one of them would be kept.
+
+    Raises:
+        UsageError: naming both.
+    """
+    for name in ("forget_files", "forget_column", "forget_value"):
+        if forget is not None and settings.get(name) is not None:
+            raise UsageError(
+                f"forget and {name} exclude each other; give one, or put the images that {name} names into `forget`, too"
+            )
 
 
 def given_rows(
@@ -128,13 +145,17 @@ def given_rows(
         indices = forget_rows_of(train.rows, train.column, *selection)
         if indices is None:
             raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
+        for name, rows in train.other_splits.items():
+            refuse_forget_rows(rows, name, settings.forget_column, settings.forget_value)
         return GivenRows(train, forget_indices=indices)
     to_forget = rows_of(forget, "forget", captions, prompts, settings.cache_dir, every_file=True)
     if keep is None and not family.has_prompts:
         raise UsageError("nothing to keep: give `keep`, for an unconditional model cannot sample it for a prompt")
     if keep is None:
         keep = sampled_images(family, pipeline, to_forget, settings)
-    return GivenRows(rows_of(keep, "keep", captions, cache_dir=settings.cache_dir), to_forget)
+    train = rows_of(keep, "keep", captions, cache_dir=settings.cache_dir)
+    warn_of_marks(train.rows, "`forget`")
+    return GivenRows(train, to_forget)
 
 
 def at_home(images: Any) -> Any:

@@ -14,7 +14,7 @@ from siss_diffusers.data.captions import load_captions
 from siss_diffusers.data.images import ImageTransform
 from siss_diffusers.data.split import GivenRows, split_data
 from siss_diffusers.errors import UsageError
-from siss_diffusers.families import Family, NamedPipeline
+from siss_diffusers.families import Family, LoadedPipeline, NamedPipeline
 from siss_diffusers.families.loading import load_for_sampling
 from siss_diffusers.settings import Settings
 from siss_diffusers.storage.files import read_json
@@ -59,16 +59,20 @@ class Outcome:
 
         Returns:
             The folder.
+
+        Raises:
+            UsageError: where the folder cannot be made.
         """
         folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.settings.adapter is not None:
-            save_lora(self.family.network(self.pipeline), folder, type(self.pipeline), self.family.network_name)
-        else:
-            self.pipeline.save_pretrained(folder)
-        for path in sorted(self.folder.iterdir()):
-            if path.is_file() and not path.name.startswith(OF_THE_RUN) and folder.resolve() != self.folder.resolve():
-                shutil.copy2(path, folder / path.name)  # with its mode: the receipt is its owner's alone
+        with made_folder("folder", folder):
+            if self.settings.adapter is not None:
+                save_lora(self.family.network(self.pipeline), folder, type(self.pipeline), self.family.network_name)
+            else:
+                self.pipeline.save_pretrained(folder)
+            for path in sorted(self.folder.iterdir()):
+                of_the_run = not path.is_file() or path.name.startswith(OF_THE_RUN)
+                if not of_the_run and folder.resolve() != self.folder.resolve():
+                    shutil.copy2(path, folder / path.name)  # with its mode: the receipt is its owner's alone
         return folder
 
     def evaluate(self, folder: str | Path | None = None, base: Any = None, **settings: Any) -> "Evaluation":
@@ -123,7 +127,7 @@ class Outcome:
 
     def _base(self, base: Any) -> Any:
         if base is not None:
-            return base
+            return LoadedPipeline(base, "base").pipeline
         if self.settings.adapter is not None:
             self._set_adapter(False)
             return self.pipeline

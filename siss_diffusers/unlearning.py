@@ -12,10 +12,12 @@ from siss_diffusers.combine import Rule
 from siss_diffusers.data.pairs import WindowSampler
 from siss_diffusers.data.split import DataSource, GivenRows
 from siss_diffusers.draws import MODEL, torch_seed
+from siss_diffusers.errors import RunError
 from siss_diffusers.families import Family, NamedPipeline, PipelineSource, find_family
 from siss_diffusers.gradients.engine import PairedGradients
 from siss_diffusers.outcome import Outcome
 from siss_diffusers.settings import Settings, resolve
+from siss_diffusers.storage.checkpoints import list_checkpoints
 from siss_diffusers.storage.files import LORA_FILE
 from siss_diffusers.storage.folders import made_folder
 from siss_diffusers.training.adapters import check_target_modules
@@ -70,15 +72,34 @@ def train(
             break
         stopping = run.stops(stats)
         if stopping or (not stats.skipped and run.saves_at(settings.checkpointing_steps)):
+            check_weights(run, network)
             run.save_checkpoint(write_checkpoint, network.sharded)
         if not stats.skipped and run.is_epoch(settings.save_images_epochs):
             validation.log_samples()
         if not stats.skipped and run.is_epoch(settings.save_model_epochs):
+            check_weights(run, network)
             run.save_result(network.save_result, network.sharded, network.last_file)
         if stopping:
             run.stop()
     run.log.close()
+    check_weights(run, network)
     run.save_result(write_result, network.sharded, network.last_file)
+
+
+def check_weights(run: Run, network: TrainedNetwork) -> None:
+    """Refuse to save a network that can draw nothing; no step after the last one would find it.
+
+    Raises:
+        RunError: on all processes, naming what is still there.
+    """
+    if network.is_finite():
+        return
+    saved = list_checkpoints(run.output_dir)
+    kept = f"{saved[-1].name} is as it was" if saved else "start again"
+    raise RunError(
+        f"the trained weights are not finite, or too large to be used, after {run.progress.global_step} steps, and are not"
+        f" saved; lower --learning_rate or --forget_scale; {kept}"
+    )
 
 
 def unlearn_from_settings(settings: Settings, *, with_prompts: bool) -> Outcome:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import shutil
 import signal
 import stat
 
@@ -195,6 +196,9 @@ def test_images_to_keep_are_sampled_where_none_are_given(tmp_path):
         ({"use_ema": "yes"}, "use_ema must be True or False"),
         ({"method": "neggrad", "forget_scale": 1.0}, "--forget_scaling and --forget_scale do not apply"),
         ({"resolution": 9}, "--resolution 9 cannot be used"),
+        ({"forget_files": ["digit_00.png"]}, "forget and forget_files exclude each other"),
+        ({"forget_column": "label"}, "forget and forget_column exclude each other"),
+        ({"forget_column": "label", "forget_value": "x"}, "exclude each other"),
     ],
     ids=str,
 )
@@ -205,6 +209,64 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(arguments, expected, digit
         unlearn(pipeline, **digits | arguments)
     assert "\n" not in str(refusal.value)
     assert all(value.equal(before[name]) for name, value in pipeline.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("pipeline", ["a/folder", None, 3], ids=str)
+def test_what_is_no_pipeline_is_refused(pipeline, digits):
+    with pytest.raises(UsageError, match="pipeline must be a pipeline that is loaded, .* not (str|NoneType|int)"):
+        unlearn(pipeline, **digits)
+
+
+def test_a_file_of_several_pictures_to_forget_is_refused(digits, digits_folder, tmp_path):
+    frames = [Image.open(digits_folder / f"digit_0{index}.png") for index in range(3)]
+    frames[0].save(tmp_path / "three.gif", save_all=True, append_images=frames[1:])
+    animated = Image.open(tmp_path / "three.gif")
+    with pytest.raises(UsageError, match=r"forget\[0\] holds 3 pictures"):
+        unlearn(ddpm(), **digits | {"forget": [animated]})
+    assert (
+        unlearn(ddpm(), **digits | {"forget": frames[:1], "keep": [*frames[1:], animated]}).record["data"]["forget"]
+        == 1
+    )
+    assert unlearn(ddpm(), **digits | {"forget": [animated.copy()]}).record["data"]["forget"] == 1
+
+
+@pytest.mark.parametrize("which", ["forget", "keep"])
+def test_a_row_without_an_image_is_refused(which, digits, digits_folder):
+    files = [str(digits_folder / "digit_00.png"), None, str(digits_folder / "digit_01.png")]
+    rows = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+    with pytest.raises(UsageError, match=f"{which}: row 1 has no image in the column 'image'"):
+        unlearn(ddpm(), **digits | {which: rows})
+
+
+def test_marks_in_the_keep_set_are_not_passed_over_in_silence(digits, digits_folder, caplog):
+    files = [str(digits_folder / f"digit_0{index}.png") for index in range(4)]
+    rows = datasets.Dataset.from_dict({"image": files, "forget": [True, False, True, False]})
+    unlearn(ddpm(), **digits | {"keep": rows.cast_column("image", datasets.Image())})
+    assert "`forget` marks 2 rows to forget; `forget` takes its place" in caplog.text
+
+
+@pytest.mark.parametrize("given", ["forget", "pipeline"])
+def test_an_output_dir_is_no_folder_that_is_read(given, digits, garment_folder, tmp_path):
+    model, forget = tmp_path / "model", tmp_path / "forget"
+    ddpm().save_pretrained(model)
+    shutil.copytree(garment_folder, forget)
+    before = sorted(tmp_path.rglob("*"))
+    options = {"output_dir": str(model if given == "pipeline" else forget), "overwrite_output_dir": True}
+    with pytest.raises(UsageError, match=f"--output_dir must not be, or contain, {given}"):
+        unlearn(DDPMPipeline.from_pretrained(model), **digits | {"forget": forget} | options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_outcome_is_not_saved_over_a_file_nor_measured_on_nothing(digits, tmp_path):
+    outcome = unlearn(ddpm(), **digits)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="folder: .*file cannot be made"):
+        outcome.save(tmp_path / "file")
+    for setting, value in {"num_samples": 0, "batch_size": -1, "seed": 0.5, "guidance_scale": float("nan")}.items():
+        with pytest.raises(UsageError, match=f"{setting} must be a"):
+            outcome.evaluate(**{setting: value})
+    with pytest.raises(UsageError, match="base must be a pipeline that is loaded"):
+        outcome.evaluate(base="a/folder", num_samples=1)
 
 
 def test_files_and_arguments_of_the_method_by_name(digits):

@@ -131,6 +131,12 @@ def check_arguments(args: argparse.Namespace) -> dict[str, str]:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir: {output_dir} is a file; name a folder")
+    for name in ("train_data_dir", "dataset_name", "forget_data_dir"):
+        source = getattr(args, name)
+        if source and os.path.isdir(source) and output_dir.resolve().is_relative_to(Path(source).resolve()):
+            raise UsageError(
+                f"--output_dir: {output_dir} lies in --{name}, and its pictures would be read as data; name another folder"
+            )
     if output_dir.exists() and not args.overwrite_output_dir and any(output_dir.iterdir()):
         raise UsageError(f"--output_dir: {output_dir} is not empty; add --overwrite_output_dir or name another folder")
     return models

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from siss_diffusers.data.forget_set import rows_where
+from siss_diffusers.data.column_values import rows_where
 from siss_diffusers.data.images import Images
 from siss_diffusers.errors import UsageError
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 from PIL import Image
 
+from siss_diffusers.data.images import HOLDS_SEVERAL
 from siss_diffusers.data.sources import ImageRows, load_image_rows, undecoded
 from siss_diffusers.data.viewing import as_viewed
 from siss_diffusers.errors import UsageError, describe_error
@@ -29,7 +31,8 @@ def rows_of(
         name: of the argument, for messages.
         caption_column: the column of the prompts; None for unconditional models.
         prompts: one prompt for all images, or one for each; they take the place of those in the data.
-        every_file: refuse a file of a folder that would not be used, as for images to forget.
+        every_file: refuse a file of a folder, or a picture of a file of several, that would not be used, as for images to
+            forget.
 
     Raises:
         UsageError: for anything else, or a number of prompts that is not that of the images.
@@ -38,8 +41,9 @@ def rows_of(
         rows = load_image_rows(name, str(images), "image", is_folder=True, every_file=every_file, cache_dir=cache_dir)
     elif isinstance(images, datasets.Dataset):
         rows = undecoded(images, image_column_of(images, name), name, roots=None)
+        refuse_missing_images(rows)
     elif isinstance(images, Sequence):
-        rows = rows_of_pictures(images, name, caption_column)
+        rows = rows_of_pictures(images, name, caption_column, every_file)
     else:
         raise UsageError(
             f"{name} must be a folder, a datasets.Dataset, or a list of images or of (image, prompt) pairs, not"
@@ -64,8 +68,28 @@ def image_column_of(dataset: datasets.Dataset, name: str) -> str:
     return columns[0]
 
 
-def rows_of_pictures(pictures: Sequence, name: str, caption_column: str | None) -> ImageRows:
+def refuse_missing_images(rows: ImageRows) -> None:
+    """Refuse rows without an image.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    cells = rows.rows.data.column(rows.column)
+    missing = pc.and_(*(pc.is_null(pc.struct_field(cells, part)) for part in ("bytes", "path")))
+    first = pc.index(missing, True).as_py()
+    if first >= 0:
+        raise UsageError(
+            f"{rows.flag}: row {first} has no image in the column {rows.column!r}; add it, or remove the row"
+        )
+
+
+def rows_of_pictures(
+    pictures: Sequence, name: str, caption_column: str | None, every_picture: bool = False
+) -> ImageRows:
     """Make rows of PIL images, or of (image, prompt) pairs.
+
+    Args:
+        every_picture: refuse files of several pictures, of which one would be used. What is made here does not show it.
 
     Raises:
         UsageError: for anything else in the list.
@@ -75,6 +99,10 @@ def rows_of_pictures(pictures: Sequence, name: str, caption_column: str | None) 
         picture, caption = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
         if not isinstance(picture, Image.Image) or not isinstance(caption, str | None):
             raise UsageError(f"{name}[{index}] is neither a PIL image nor an (image, prompt) pair")
+        if every_picture and picture.format in HOLDS_SEVERAL and picture.n_frames > 1:
+            raise UsageError(
+                f"{name}[{index}] holds {picture.n_frames} pictures, of which only one would be used; give a copy of each"
+            )
         try:
             cells.append({"bytes": encoded(picture), "path": None})
         except Exception as error:  # Pillow decodes a picture of a file here, and does not say how it fails

@@ -1,6 +1,11 @@
 """What is measured, and how. Nothing heavy is imported here: `siss --help` reads the defaults."""
 
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import ClassVar
+
+from siss_diffusers.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,17 @@ class EvaluationSettings:
         relearning_rate: learning rate of the relearning attack.
         num_relearning_samples: samples at each point of the relearning attack, and for each variation of the prompt.
         use_clusters: whether k-means on the base's samples serves as a copy detector too.
+
+    Raises:
+        UsageError: for a number that is too small.
     """
+
+    # The least value of what counts something, as of the flags.
+    LEAST: ClassVar[dict[str, int]] = (
+        dict.fromkeys(("num_samples", "num_inference_steps", "batch_size", "num_relearning_samples"), 1)
+        | dict.fromkeys(("copy_detector_size", "feature_size", "classifier_size"), 1)
+        | dict.fromkeys(("num_ordinary_samples", "num_likelihood_images", "relearning_steps", "seed"), 0)
+    )
 
     num_samples: int = 256
     num_ordinary_samples: int = 256
@@ -52,3 +67,13 @@ class EvaluationSettings:
     relearning_rate: float = 1e-4
     num_relearning_samples: int = 64
     use_clusters: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in self.LEAST.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Integral) or value < least):
+                raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        for name in ("guidance_scale", "relearning_rate"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise UsageError(f"{name} must be a finite number not below 0, not {value!r}")

@@ -174,6 +174,13 @@ class LoadedPipeline:
     is_ours = False
 
     def __post_init__(self) -> None:
+        from diffusers import DiffusionPipeline
+
+        if not isinstance(self.pipeline, DiffusionPipeline):
+            raise UsageError(
+                f"{self.flag} must be a pipeline that is loaded, as by DiffusionPipeline.from_pretrained(...) of diffusers,"
+                f" not {type(self.pipeline).__name__}"
+            )
         self.pipeline_config = {
             name: list(value) if isinstance(value, tuple) else value for name, value in self.pipeline.config.items()
         } | {"_class_name": type(self.pipeline).__name__}

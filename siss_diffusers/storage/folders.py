@@ -1,11 +1,26 @@
 """The folder that results go into: made before the work, and gone again where the work is refused."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from siss_diffusers.errors import UsageError
+
+
+def refuse_folders_given(flag: str, folder: str | Path, given: Mapping[str, str | None]) -> None:
+    """Refuse to write a result into a folder that something is read from: its files would be replaced.
+
+    Args:
+        given: folders and names on the Hub, by their flags; None for what was not given.
+
+    Raises:
+        UsageError: naming both flags.
+    """
+    target = Path(folder).resolve()
+    for name, source in given.items():
+        if source and os.path.isdir(source) and Path(source).resolve().is_relative_to(target):
+            raise UsageError(f"{flag} must not be, or contain, {name}; name another folder")
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Models and optimizer states sharded by FSDP 2: each rank reads its own rows, and no rank ever holds the whole."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from siss_diffusers.gradients.buffers import local
 from siss_diffusers.storage.tensors import SavedTensor, open_tensors, write_tensors
 
 
@@ -35,6 +37,19 @@ def rows_of(parameter: DTensor) -> tuple[slice, ...]:
     """Where this rank's shard lies in the whole."""
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape))
+
+
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Tell on all processes alike whether tensors, of which each may hold a shard only, are finite.
+
+    By norms, which overflow before the numbers do: weights that are too large to be squared are of no use either.
+    """
+    norms = [torch.linalg.vector_norm(local(tensor).float()).cpu() for tensor in tensors]
+    answer = torch.stack(norms).isfinite().all().float()
+    if dist.is_available() and dist.is_initialized():
+        answer = answer.to(tensors[0].device)
+        dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)
 
 
 def load_into(target: Tensor, saved: SavedTensor | Tensor) -> None:

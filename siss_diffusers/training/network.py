@@ -18,7 +18,7 @@ from siss_diffusers.gradients import PairedGradients, StepStats
 from siss_diffusers.gradients.buffers import local
 from siss_diffusers.settings import Settings
 from siss_diffusers.storage.files import LORA_FILE
-from siss_diffusers.storage.sharding import is_sharded, load_model, reshard, save_model
+from siss_diffusers.storage.sharding import are_finite, is_sharded, load_model, reshard, save_model
 from siss_diffusers.training.adapters import add_lora, load_lora, save_lora
 from siss_diffusers.training.engines import callable_network, make_optimizer, take_step
 
@@ -139,6 +139,10 @@ class TrainedNetwork:
         if self.ema is not None:
             for parameter, average in zip(self.parameters, self.ema.shadow_params):
                 local(parameter).copy_(local(average))
+
+    def is_finite(self) -> bool:
+        """Tell on all processes alike whether what was trained, and its moving average, is finite."""
+        return are_finite([*self.parameters, *([] if self.ema is None else self.ema.shadow_params)])
 
     def reshard(self) -> None:
         """Forget the whole weights that FSDP 2 keeps after a forward without a backward."""

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.settings import Settings
+from siss_diffusers.storage.folders import refuse_folders_given
 from siss_diffusers.training.near_duplicates import NEAR_DUPLICATES
 
 
@@ -19,10 +21,15 @@ RUN_FILES = (
     "README.md",
 )
 RUN_FOLDERS = ("logs",)
+# The settings that may name a folder that is read.
+FOLDERS_READ = ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "forget_data_dir")
 
 
-def check_output_dir(settings: Settings) -> None:
+def check_output_dir(settings: Settings, given: Mapping[str, str] | None = None) -> None:
     """Refuse an output directory that holds anything, unless told to overwrite or to resume.
+
+    Args:
+        given: what else is read, beside what the settings name: folders and names on the Hub, by their names.
 
     Raises:
         UsageError: naming the flags that help. Nothing is removed here.
@@ -36,18 +43,31 @@ def check_output_dir(settings: Settings) -> None:
         raise UsageError(f"--output_dir cannot be used ({error.strerror}); name another folder")
     if is_file:
         raise UsageError(f"--output_dir: {output_dir} is a file; name a folder")
-    for flag in ("pretrained_model_name_or_path", "train_data_dir", "forget_data_dir"):
-        given = getattr(settings, flag)
-        if given and os.path.isdir(given):
-            source, target = Path(given).resolve(), output_dir.resolve()
-            if source == target or target in source.parents:
-                raise UsageError(f"--output_dir must not be, or contain, --{flag}; name another folder")
+    read = {f"--{name}": getattr(settings, name) for name in FOLDERS_READ}
+    refuse_folders_given("--output_dir", output_dir, {**read, **(given or {})})
+    if settings.report_to != "none":
+        check_logging_dir(output_dir / settings.logging_dir)
     if settings.resume_from_checkpoint is None and not settings.overwrite_output_dir:
         if output_dir.is_dir() and any(output_dir.iterdir()):
             raise UsageError(
                 f"--output_dir: {output_dir} is not empty; add --overwrite_output_dir to replace the run in it,"
                 " --resume_from_checkpoint latest to go on with it, or name another folder"
             )
+
+
+def check_logging_dir(folder: Path) -> None:
+    """Check that the folder of the tracker can be made: that it cannot must not show after data and model are read.
+
+    Raises:
+        UsageError: naming what is in its place.
+    """
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UsageError(f"--logging_dir: {there} is a file; name another folder, or remove it")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"--logging_dir: {there} cannot be written to; name another folder, or change its permissions"
+        )
 
 
 def clear_output_dir(output_dir: Path, model_files: tuple[str, ...]) -> None:

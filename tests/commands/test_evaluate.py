@@ -218,12 +218,14 @@ def test_the_number_of_processes_changes_nothing(captioned, adapter, cache_dir, 
         (["--caption_column", "missing"], "--caption_column"),
         (["--clip_model", "{networks}"], "--clip_model"),
         (["--paraphrases_file", "missing.txt"], "--paraphrases_file"),
+        (["--output_dir", "{data}", "--overwrite_output_dir"], "lies in --train_data_dir"),
+        (["--output_dir", "{data}/report"], "lies in --train_data_dir"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
     captioned, adapter, networks, cache_dir, tmp_path, capfd, more, says
 ):
-    more = [value.format(networks=networks) for value in more]
+    more = [value.format(networks=networks, data=captioned) for value in more]
     assert says in siss_error(capfd, *sd_flags(tmp_path / "out", captioned, adapter, cache_dir, *more))
     assert not (tmp_path / "out").exists()
 

@@ -163,6 +163,8 @@ COLUMNS = {
     "name": ["x", None, "Y "],
     "word": ["Yes", "no", "TRUE"],
     "twins": ["Ann", "ANN", "bob"],
+    "answer": ["y", "t", "n"],
+    "advice": ["keep", "retain", "forget"],
 }
 
 
@@ -188,6 +190,7 @@ def people() -> datasets.Dataset:
         *(("name", "x", [0]), ("name", "X", [0]), ("name", "y", [2]), ("name", "Y ", [2])),
         *(("word", "true", [0, 2]), ("word", "yes", [0, 2]), ("word", "no", [1])),
         *(("twins", "Ann", [0]), ("twins", "Bob", [2])),
+        *(("answer", "y", [0]), ("answer", "Y", [0]), ("answer", "yes", [0, 1]), ("advice", "keep", [0])),
     ],
 )
 def test_rows_to_forget_by_value(column, value, expected):
@@ -215,10 +218,10 @@ def test_a_value_of_no_row_is_refused_with_an_example(column, value, type_and_ex
 
 def test_the_number_of_one_class_and_the_name_of_another_is_refused():
     rows = make_rows(["a", "b", "c"]).add_column("digit", [0, 1, 1])
-    rows = rows.cast_column("digit", datasets.ClassLabel(names=["1", "Two"]))
+    rows = rows.cast_column("digit", datasets.ClassLabel(names=["1 ", "Two"]))
     assert forget_rows_of(rows, "image", forget_column="digit", forget_value="two") == [1, 2]
     assert forget_rows_of(rows, "image", forget_column="digit", forget_value="0") == [0]
-    with pytest.raises(UsageError, match=r"'1' may mean '1' \(number 0\) and 'Two' \(number 1\)"):
+    with pytest.raises(UsageError, match=r"'1' may mean '1 ' \(number 0\) and 'Two' \(number 1\)"):
         forget_rows_of(rows, "image", forget_column="digit", forget_value="1")
 
 
@@ -273,3 +276,73 @@ def test_rows_to_forget_by_a_list_are_refused():
     rows = make_rows(["a"]).add_column("names", [["x"]])
     with pytest.raises(UsageError, match="--forget_column: 'names' holds lists"):
         forget_rows_of(rows, "image", forget_column="names", forget_value="x")
+
+
+def test_a_letter_of_initials_is_no_word_of_yes_or_no():
+    rows = make_rows(["a", "b", "c", "d"]).add_column("who", ["F", "N", "NO", "T"])
+    found = {value: forget_rows_of(rows, "image", forget_column="who", forget_value=value) for value in "FNTnt"}
+    assert found == {"F": [0], "N": [1], "T": [3], "n": [1], "t": [3]}
+    assert forget_rows_of(rows, "image", forget_column="who", forget_value="NO") == [2]
+
+
+def test_the_exact_name_of_a_class_wins_over_the_number_of_another(caplog):
+    rows = make_rows(["a", "b", "c", "d"]).add_column("label", [0, 1, 2, 3])
+    rows = rows.cast_column("label", datasets.ClassLabel(names=["0", "1", "10", "2"]))
+    assert forget_rows_of(rows, "image", forget_column="label", forget_value="2") == [3]
+    assert "'2' is taken for the name of a class, not for number 2, '10'" in caplog.text
+    assert forget_rows_of(rows, "image", forget_column="label", forget_value="3") == [3]
+
+
+def test_a_class_that_is_missing_is_no_value():
+    rows = make_rows(["a", "b", "c"]).add_column("forget", [0, -1, None])
+    rows = rows.cast_column("forget", datasets.ClassLabel(names=["yes", "no"]))
+    assert forget_rows_of(rows, "image") == [0]
+    with pytest.raises(
+        UsageError, match="no row has 'maybe' in the column `forget`, which is of type classes and holds"
+    ):
+        forget_rows_of(rows, "image", forget_column="forget", forget_value="maybe")
+
+
+@pytest.mark.parametrize("values", [[0, 1, None], [0.0, 1.0, 1.0], ["0", "1", "1"], "classes"])
+def test_numbers_of_people_are_not_taken_for_yes_and_no(values):
+    rows = make_rows(["a", "b", "c"]).add_column("who", [0, 1, 1] if values == "classes" else values)
+    if values == "classes":  # as folders called 0 and 1 are
+        rows = rows.cast_column("who", datasets.ClassLabel(names=["0", "1"]))
+    with pytest.raises(UsageError, match="--forget_value is needed, since the column `who`"):
+        forget_rows_of(rows, "image", forget_column="who")
+    assert forget_rows_of(rows, "image", forget_column="who", forget_value="0") == [0]
+
+
+@pytest.mark.parametrize("values", [[True, False], ["true", None], [None, None]])
+def test_two_columns_of_marks_are_refused_unless_one_is_named(values, caplog):
+    rows = make_rows(["a", "b"]).add_column("forget", [False, True]).add_column("Forget", values)
+    with pytest.raises(UsageError, match="`forget` and `Forget` both say what to forget"):
+        forget_rows_of(rows, "image")
+    assert forget_rows_of(rows, "image", forget_column="forget") == [1]
+    assert ("`Forget` marks 1 rows to forget" in caplog.text) == (values[0] is not None)
+
+
+def test_a_path_to_forget_wins_over_the_same_name_elsewhere(tmp_path, caplog):
+    rows = make_rows([str(tmp_path / name) for name in ("a.png", "sub/a.png", "a.png", "sub/b.png")])
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "sub").mkdir()
+
+    def found(name: str) -> list[int]:
+        return forget_rows_of(rows, "image", [name], train_data_dir=str(tmp_path))
+
+    for name in ("a.png", "./a.png", str(tmp_path / "a.png"), "sub/../a.png", str(tmp_path / "link" / "a.png")):
+        assert found(name) == [0, 2], name  # two rows of metadata may name it
+    assert "a.png is also the name of sub/a.png, which is not forgotten" in caplog.text
+    assert found("sub/a.png") == found(str(tmp_path / "link/sub/a.png")) == [1] and found("b.png") == [3]
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [("sub", "sub is a folder; name the files in it"), (".h.png", ".h.png is hidden; rename it without a dot")],
+)
+def test_the_cause_that_a_file_to_forget_is_not_read(name, cause, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".h.png").write_bytes(b"")
+    rows = make_rows([str(tmp_path / "a.png")])
+    with pytest.raises(UsageError, match=f"--forget_files: {name} .*{cause.partition(' ')[2]}"):
+        forget_rows_of(rows, "image", [name], train_data_dir=str(tmp_path))

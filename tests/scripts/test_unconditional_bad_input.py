@@ -104,6 +104,18 @@ BAD_INPUT = {
         None,
         "--output_dir",
     ),
+    "output directory holds the data set": (
+        {"--train_data_dir": ..., "--forget_files": ..., "--dataset_name": "DATA", "--output_dir": "DATA"}
+        | {"--overwrite_output_dir": None},
+        None,
+        "--output_dir must not be, or contain, --dataset_name",
+    ),
+    "a folder of the tracker that is a file": (
+        {"--output_dir": "USED", "--overwrite_output_dir": None, "--report_to": "tensorboard"}
+        | {"--logging_dir": "unlearning.json/logs"},
+        None,
+        "unlearning.json is a file; name another folder",
+    ),
     "missing model": ({"--pretrained_model_name_or_path": "NOWHERE"}, None, "--pretrained_model_name_or_path"),
     "fp16 without a GPU": ({"--mixed_precision": "fp16"}, None, "--mixed_precision fp16"),
     "zero batch": ({"--train_batch_size": "0"}, None, "--train_batch_size"),

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from siss_diffusers import METHODS, PairedGradients, scaling_rule
+from siss_diffusers.storage.sharding import are_finite
 from tests.helpers.tiny_problem import (
     TinyNet,
     draw_query,
@@ -117,9 +118,23 @@ def overflow(rank, world_size):
     return stats.skipped, whole(trainable(net)).equal(before)
 
 
+def finite(rank, world_size):
+    """Of sharded weights as they are, and with one element changed that lies on one rank."""
+    answers = []
+    for value in (0.0, torch.nan, torch.inf, 1e30):
+        net = shard(TinyNet(), world_size)
+        largest = max(trainable(net), key=lambda parameter: parameter.numel())
+        if rank == world_size - 1:
+            largest.to_local().view(-1)[-1] = value
+        answers.append(are_finite(trainable(net)))
+    return answers
+
+
 def results_of(rank, world_size):
+    with torch.no_grad():
+        answers = finite(rank, world_size)
     results = {case: train(rank, world_size, *case) for case in CASES}
-    return results | {"overflow": overflow(rank, world_size)}
+    return results | {"overflow": overflow(rank, world_size), "finite": answers}
 
 
 @pytest.fixture(scope="module", params=[2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 4))])
@@ -144,6 +159,10 @@ def test_sharded_gradients_equal_those_of_one_process(ranks, scaling, kind):
 
 def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks):
     assert [rank["overflow"] for rank in ranks] == [(True, True)] * len(ranks)
+
+
+def test_a_weight_of_one_rank_that_is_not_finite_is_found_on_all(ranks):
+    assert [rank["finite"] for rank in ranks] == [[True, False, False, False]] * len(ranks)
 
 
 def test_parameters_of_which_only_some_are_sharded_are_refused(tmp_path):

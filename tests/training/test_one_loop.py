@@ -15,6 +15,7 @@ from siss_diffusers.metrics.copies import CopyDetectors
 from siss_diffusers.noising import GaussianPath, loss_weights, min_snr_weight
 from siss_diffusers.settings import UnconditionalSettings
 from siss_diffusers.similarity import DETECTOR_SIZE
+from siss_diffusers.training.network import TrainedNetwork
 from siss_diffusers.training.problem import Problem
 from siss_diffusers.training.state import Progress
 from tests.helpers.commands import assert_refused, to_argv
@@ -51,6 +52,36 @@ def test_copies_are_judged_at_one_size(base_args, tmp_path, monkeypatch):
     flags |= {"--ddpm_num_inference_steps": "1", "--max_train_steps": "1", "--train_batch_size": "2"}
     train_siss_unconditional.main(to_argv(base_args | flags | VALIDATION))
     assert sizes == [DETECTOR_SIZE]
+
+
+@pytest.mark.parametrize("more", ["full", "EMA", "LoRA", "unconditional"])
+def test_weights_that_are_not_finite_are_not_saved(more, base_args, full_args, tmp_path):
+    """The last step ruins them, so no gradient after it tells."""
+    flags = {"--learning_rate": "1e38", "--max_train_steps": "1"}
+    flags |= {"full": {}, "EMA": {"--use_ema": None}, "LoRA": {"--use_lora": None}, "unconditional": {}}[more]
+    main = train_siss_unconditional.main if more == "unconditional" else train_siss_sd.main
+    with pytest.raises(RunError, match="not finite.* after 1 steps.*lower --learning_rate.*start again"):
+        main(to_argv((base_args if more == "unconditional" else full_args) | flags))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train_log.jsonl"}
+
+
+def test_checkpoints_before_weights_were_ruined_stay(base_args, tmp_path, monkeypatch):
+    step = TrainedNetwork.step
+
+    def ruin(network, gradients, stats):
+        figures = step(network, gradients, stats)
+        if network.lr_scheduler.last_epoch == 2:
+            network.parameters[-1].data[0] = torch.nan
+        return figures
+
+    monkeypatch.setattr(TrainedNetwork, "step", ruin)
+    flags = {"--max_train_steps": "3", "--checkpointing_steps": "1"}
+    with pytest.raises(RunError, match="after 2 steps, and are not saved.*checkpoint-1 is as it was"):
+        train_siss_unconditional.main(to_argv(base_args | flags))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train_log.jsonl", "checkpoint-1"}
+    monkeypatch.setattr(TrainedNetwork, "step", step)
+    train_siss_unconditional.main(to_argv(base_args | flags | {"--resume_from_checkpoint": "latest"}))
+    assert (tmp_path / "out" / UNET).is_file()
 
 
 @pytest.mark.parametrize("script", ["sd", "unconditional"])
