@@ -5,10 +5,8 @@ folders behind links, and files that the metadata do not list.
 """
 
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -27,6 +25,7 @@ from siss_diffusers.data.listing import (
     suffix_of,
 )
 from siss_diffusers.data.metadata import METADATA_FILES, concatenate, file_columns, read_metadata
+from siss_diffusers.data.names import NamesOnDisk
 from siss_diffusers.errors import UsageError, describe_error
 
 
@@ -216,7 +215,7 @@ def rows_of_metadata(flag: str, files: FolderFiles) -> tuple[datasets.Dataset, d
     twice = next((path for path, count in folders.items() if count > 1), None)
     if twice is not None:
         raise UsageError(f"{flag}: {twice} holds two files of metadata ({files.examples(files.metadata)}); remove one")
-    names, tables = NamesOnDisk(files), []
+    names, tables = NamesOnDisk(files.images, files.others + files.hidden), []
     listed: dict[str, list[pa.Array]] = {}
     for file in files.metadata:
         table = read_metadata(flag, Path(file))
@@ -252,27 +251,6 @@ def unlisted_images(files: FolderFiles, columns: Sequence[pa.Array]) -> list[str
     return [path for path in unlisted if os.path.realpath(path) not in behind_links]
 
 
-class NamesOnDisk:
-    """Finds files by their names in metadata. A letter with an accent is one character there or two, as the system that
-    wrote the name has it, and looks the same."""
-
-    def __init__(self, files: FolderFiles) -> None:
-        self.files = files
-        self.images = frozenset(files.images)
-
-    @cached_property
-    def composed(self) -> dict[str, str]:
-        """Files by their paths in composed characters, where these are other characters than ASCII."""
-        files = [*self.files.images, *self.files.others, *self.files.hidden]
-        return {unicodedata.normalize("NFC", path): path for path in files if not path.isascii()}
-
-    def on_disk(self, path: str) -> str:
-        """Return a path as it is on the disk."""
-        if path in self.images or path.isascii() or os.path.exists(path):
-            return path
-        return self.composed.get(unicodedata.normalize("NFC", path), path)
-
-
 def path_of(flag: str, file: str, entry: str, names: NamesOnDisk, column: str) -> str:
     """Return the path of a file that metadata name.
 
@@ -287,7 +265,7 @@ def path_of(flag: str, file: str, entry: str, names: NamesOnDisk, column: str) -
     """
     folder = os.path.dirname(file)
     path = f"{folder}{os.sep}{entry}"
-    if path in names.images:
+    if path in names.usual:
         return path
     where = f"{flag}: {file} has the {column} '{entry}'"
     if "://" in entry:

@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 import yaml
 from datasets import load_dataset
 
+from siss_diffusers.data.column_values import marked_rows, rows_where
 from siss_diffusers.data.folders import check_metadata_names, load_folder
-from siss_diffusers.data.forget_set import column_of_marks, marked_rows, rows_where
+from siss_diffusers.data.forget_set import columns_of_marks
 from siss_diffusers.data.images import Images, ImageTransform
 from siss_diffusers.data.listing import DATA_SUFFIXES, NUM_EXAMPLES, list_folder, require_folder, suffix_of
 from siss_diffusers.data.loaded import LoadedRows
@@ -237,24 +238,20 @@ def refuse_rows_to_keep(images: ImageRows) -> None:
     Raises:
         UsageError: naming the first few.
     """
-    column = column_of_marks(images.rows)
-    marked = marked_rows(images.rows, column) if column is not None and is_single(images.rows, column) else None
-    if marked is None:
-        return
-    marked = {*marked, *rows_where(images.rows.data.column(column), pc.is_null).tolist()}
-    kept = [row for row in range(len(images.rows)) if row not in marked]
-    if kept:
-        cells = (images.rows[row][images.column]["path"] for row in kept[:NUM_EXAMPLES])
-        names = ", ".join(os.path.basename(path) if path else f"row {row}" for row, path in zip(kept, cells))
-        raise UsageError(
-            f"{images.flag}: its metadata say {column}: false for {len(kept)} images ({names}), and all that is there would"
-            " be forgotten; take them out of the folder, or drop the column"
-        )
-
-
-def is_single(rows: datasets.Dataset, column: str) -> bool:
-    """Tell whether a column holds single values."""
-    return not pa.types.is_nested(rows.data.column(column).type)
+    for column in columns_of_marks(images.rows):
+        cells = images.rows.data.column(column)
+        marked = None if pa.types.is_nested(cells.type) else marked_rows(images.rows, column)
+        if marked is None:
+            continue
+        marked = {*marked, *rows_where(cells, pc.is_null).tolist()}
+        kept = [row for row in range(len(images.rows)) if row not in marked]
+        if kept:
+            paths = (images.rows[row][images.column]["path"] for row in kept[:NUM_EXAMPLES])
+            names = ", ".join(os.path.basename(path) if path else f"row {row}" for row, path in zip(kept, paths))
+            raise UsageError(
+                f"{images.flag}: its metadata say {column}: false for {len(kept)} images ({names}), and all that is there"
+                " would be forgotten; take them out of the folder, or drop the column"
+            )
 
 
 def undecoded(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[str] | None) -> ImageRows:
