@@ -126,11 +126,11 @@ def with_images(rows: datasets.Dataset, column: str, flag: str) -> datasets.Data
     if feature is None or isinstance(feature, datasets.Image):
         return rows
     kind = rows.data.schema.field(column).type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type):
         return rows.cast_column(column, datasets.Image(decode=False))
     first = next((cell for chunk in rows.data.column(column).chunks for cell in pc.drop_null(chunk)[:1]), None)
     value = None if first is None else first.as_py()
-    if isinstance(value, bytes):
+    if isinstance(value, bytes) and holds_bytes(kind):
         if not value.startswith(MAGIC):
             raise UsageError(f"--image_column: {column!r} of {flag} holds bytes that are no image file; name another")
         return rows.cast_column(column, datasets.Image(decode=False))
@@ -144,11 +144,16 @@ def with_images(rows: datasets.Dataset, column: str, flag: str) -> datasets.Data
             f"--image_column: {column!r} of {flag} holds texts and no images; if they name files, call the column"
             " file_name in a metadata.jsonl beside the images, and use --train_data_dir"
         )
-    held = "nothing" if value is None else f"values of type {kind}"
+    held = "nothing" if value is None else f"values of type {kind} and no image files"
     raise UsageError(
-        f"--image_column: {column!r} of {flag} holds {held} and no image files; save each image as a file or as the bytes"
-        " of one, or name another column"
+        f"--image_column: {column!r} of {flag} holds {held}; save each image as a file or as the bytes of one, or name"
+        " another column"
     )
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Tell whether a type of Arrow is one of files of any length."""
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def cure_of(error: Exception) -> str:
