@@ -145,18 +145,16 @@ def load_folder(
         raise UsageError(f"{flag}: {folder} cannot be loaded ({describe_error(error)})") from error
     if listed is None:
         return rows, describe_passed_over(files)
-    unlisted = unlisted_images(files, [cells for column in listed.values() for cells in column])
+    everything = pa.chunked_array([cells for column in listed.values() for cells in column], pa.string())
+    unlisted = unlisted_images(files, everything)
     used = next((column for column in columns if column in listed), None)
     elsewhere: list[str] = []
     if used is not None and len(listed) > 1:
-        elsewhere = sorted(set(unlisted_images(files, listed[used])) - set(unlisted))
+        elsewhere = sorted(set(unlisted_images(files, pa.chunked_array(listed[used], pa.string()))) - set(unlisted))
     if every_file:
         refuse_unlisted(flag, files, unlisted, elsewhere)
-    if files.others or files.hidden:  # what is listed is used, whatever its name
-        known = {path for column in listed.values() for cells in column for path in cells.to_pylist()}
-        files.others, files.hidden = (
-            [path for path in paths if path not in known] for paths in (files.others, files.hidden)
-        )
+    # What is listed is used, whatever its name.
+    files.others, files.hidden = (not_in(paths, everything) for paths in (files.others, files.hidden))
     return rows, describe_passed_over(files, unlisted, elsewhere)
 
 
@@ -240,13 +238,18 @@ def rows_of_metadata(flag: str, files: FolderFiles) -> tuple[datasets.Dataset, d
     return rows, listed
 
 
-def unlisted_images(files: FolderFiles, columns: Sequence[pa.Array]) -> list[str]:
-    """Return the images that none of these columns names, by this path or by one through a link."""
-    images, listed = pa.array(files.images, pa.string()), pa.chunked_array(columns, pa.string())
-    unlisted = images.filter(pc.invert(pc.is_in(images, listed))).to_pylist()
+def not_in(paths: Sequence[str], listed: pa.ChunkedArray) -> list[str]:
+    """Return the paths that are not listed."""
+    array = pa.array(paths, pa.string())
+    return array.filter(pc.invert(pc.is_in(array, listed))).to_pylist()
+
+
+def unlisted_images(files: FolderFiles, listed: pa.ChunkedArray) -> list[str]:
+    """Return the images that are not listed, by this path or by one through a link."""
+    unlisted = not_in(files.images, listed)
     if not unlisted:
         return []
-    elsewhere = listed.filter(pc.invert(pc.is_in(listed, images))).drop_null().to_pylist()
+    elsewhere = listed.filter(pc.invert(pc.is_in(listed, pa.array(files.images, pa.string())))).drop_null().to_pylist()
     behind_links = {os.path.realpath(path) for path in elsewhere}
     return [path for path in unlisted if os.path.realpath(path) not in behind_links]
 
