@@ -12,8 +12,8 @@ from siss_diffusers.errors import UsageError
 
 
 T = TypeVar("T")
-# Where launchers say how many processes they started: torchrun and accelerate, and those of MPI.
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# Where launchers say how many processes they started: torchrun and accelerate, those of MPI, and srun.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def check_launch(num_processes: int) -> None:
@@ -28,13 +28,16 @@ def check_launch(num_processes: int) -> None:
     Raises:
         UsageError: where the launcher started more.
     """
-    started = {name: int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdecimal()}
+    # White space around a number is none of it, to Python and so to accelerate.
+    given = {name: os.environ.get(name, "").strip() for name in SIZES}
+    started = {name: int(value) for name, value in given.items() if value.isdecimal()}
     name = max(started, key=started.__getitem__, default=None)
     if name is not None and started[name] > num_processes:
         raise UsageError(
             f"the launcher started {started[name]} processes ({name}), but num_processes is {num_processes}: they do not"
             " know of each other, and each would write into the same folder; on CPUs use `accelerate launch --cpu"
-            f" --num_processes {started[name]}` or set ACCELERATE_USE_CPU=true, else start one process"
+            f" --num_processes {started[name]}` or set ACCELERATE_USE_CPU=true, else start one process, or unset {name}"
+            " where each is a run of its own in a folder of its own"
         )
 
 

@@ -18,8 +18,10 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, name)
     check_launch(1)
     monkeypatch.setenv(name, "2")
     check_launch(2)
-    with pytest.raises(UsageError, match=rf"started 2 processes \({name}\), but num_processes is 1: .*--cpu"):
-        check_launch(1)
+    for value in ("2", " 2", "2\n"):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(UsageError, match=rf"started 2 processes \({name}\), but num_processes is 1: .*--cpu"):
+            check_launch(1)
 
 
 def test_the_scripts_and_the_commands_ask(monkeypatch, base_args, tmp_path, capfd):

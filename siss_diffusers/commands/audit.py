@@ -34,7 +34,7 @@ from siss_diffusers.commands.common import (
 from siss_diffusers.errors import UsageError
 from siss_diffusers.parsing import path, positive_int
 from siss_diffusers.storage.files import write_json
-from siss_diffusers.storage.folders import made_folder
+from siss_diffusers.storage.folders import made_folder, refuse_folder_within
 
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def read_captions(dataset_name: str, caption_column: str, cache_dir: str | None)
     Raises:
         UsageError: if it cannot be loaded, or has no such column of texts.
     """
-    from siss_diffusers.data.captions import every_text_of
+    from siss_diffusers.data.captions import every_text_of, texts_of
     from siss_diffusers.data.sources import load_rows
 
     loaded = load_rows("--dataset_name", dataset_name, cache_dir=cache_dir)
@@ -120,6 +120,9 @@ def read_captions(dataset_name: str, caption_column: str, cache_dir: str | None)
             f"--caption_column: {dataset_name} has no column of texts {caption_column!r}, only"
             f" {', '.join(loaded.rows.features)}"
         )
+    without = texts_of(loaded.rows, caption_column).null_count
+    if without:
+        announce(f"--dataset_name: {count_of(without, 'row')} of {len(loaded.rows)} without a caption are not audited")
     return captions
 
 
@@ -139,6 +142,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         from siss_diffusers.data.listing import require_folder
 
         require_folder("--train_data_dir", args.train_data_dir)
+    read = {"--train_data_dir": args.train_data_dir, "--dataset_name": args.dataset_name}
+    refuse_folder_within("--output_dir", args.output_dir, read)
 
 
 def check_output_dir(output_dir: Path, settings: dict) -> None:

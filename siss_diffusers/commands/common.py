@@ -140,7 +140,7 @@ def read_prompts(flag: str, prompts: Sequence[str] | None, file: str | None) -> 
         flag: of the prompts; that of the file ends in `_file`.
 
     Raises:
-        UsageError: if the file cannot be read.
+        UsageError: if the file cannot be read, or holds no prompt.
     """
     from siss_diffusers.data.text import read_prompt_lines
 
@@ -150,4 +150,6 @@ def read_prompts(flag: str, prompts: Sequence[str] | None, file: str | None) -> 
             lines = read_prompt_lines(file)
         except (OSError, ValueError) as error:
             raise UsageError(f"{flag}_file: cannot read {file} ({describe_error(error)})")
+        if not lines:
+            raise UsageError(f"{flag}_file: {file} holds no prompt; write one on each line, or drop the flag")
     return list(dict.fromkeys([*(prompts or []), *lines]))

@@ -22,7 +22,7 @@ from siss_diffusers.parsing import (
     path,
     positive_int,
 )
-from siss_diffusers.storage.folders import made_folder
+from siss_diffusers.storage.folders import made_folder, refuse_folder_within
 
 
 if TYPE_CHECKING:
@@ -131,12 +131,8 @@ def check_arguments(args: argparse.Namespace) -> dict[str, str]:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir: {output_dir} is a file; name a folder")
-    for name in ("train_data_dir", "dataset_name", "forget_data_dir"):
-        source = getattr(args, name)
-        if source and os.path.isdir(source) and output_dir.resolve().is_relative_to(Path(source).resolve()):
-            raise UsageError(
-                f"--output_dir: {output_dir} lies in --{name}, and its pictures would be read as data; name another folder"
-            )
+    read = ("train_data_dir", "dataset_name", "forget_data_dir")
+    refuse_folder_within("--output_dir", output_dir, {f"--{name}": getattr(args, name) for name in read})
     if output_dir.exists() and not args.overwrite_output_dir and any(output_dir.iterdir()):
         raise UsageError(f"--output_dir: {output_dir} is not empty; add --overwrite_output_dir or name another folder")
     return models

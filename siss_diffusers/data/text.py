@@ -14,6 +14,7 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 MARK = "\ufeff"
+END_OF_DOS = "\x1a"  # Ctrl-Z, after the last line of old files
 
 
 def decode_text(content: bytes) -> str:
@@ -54,5 +55,5 @@ def read_prompt_lines(path: str | os.PathLike) -> list[str]:
     Raises:
         OSError, ValueError: as `read_text`.
     """
-    lines = (line.strip().strip(MARK).strip() for line in split_lines(read_text(path)))
+    lines = (line.strip().strip(MARK + END_OF_DOS).strip() for line in split_lines(read_text(path)))
     return [line for line in lines if line]

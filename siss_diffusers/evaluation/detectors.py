@@ -8,7 +8,7 @@ from torch import Tensor
 
 from siss_diffusers.metrics.broken import finite
 from siss_diffusers.metrics.clusters import CopyCluster
-from siss_diffusers.metrics.copies import CopyDetectors
+from siss_diffusers.metrics.copies import CopyDetectors, halfway_to_copy
 from siss_diffusers.metrics.damage import damaged
 from siss_diffusers.metrics.features import copy_similarity, pixel_features
 from siss_diffusers.similarity import for_detectors
@@ -16,6 +16,7 @@ from siss_diffusers.similarity import for_detectors
 
 MIN_SILHOUETTE = 0.25  # below, k-means has split what is one cluster
 MAX_DAMAGED = 16  # forget images that are shown damaged to the detectors
+MISSES_IMAGES = "it does not flag every forgotten image itself, undamaged: an image to keep looks the same to it, or it sees nothing there"
 
 
 class Detectors:
@@ -28,6 +29,7 @@ class Detectors:
 
     Attributes:
         settings: thresholds by detector, for `evaluation.json`.
+        blind: why a detector misses a forget image that nothing was done to, by detector. What it flags is a copy still.
     """
 
     def __init__(
@@ -44,8 +46,12 @@ class Detectors:
         if copy_features is not None:
             self.reference_features = copy_features(references)
             highest = copy_similarity(copy_features(keep), self.reference_features).max().item()
-            self.min_similarity = (1 + highest) / 2
+            self.min_similarity = halfway_to_copy(highest)
             self.settings["network"] = {"threshold": self.min_similarity}
+        found = self.flags(references)
+        self.blind = {
+            detector: MISSES_IMAGES for detector, flag in found.items() if detector != "any" and not flag.all()
+        }
 
     def similarity(self, images: Tensor) -> Tensor | None:
         """Return the cosine `(N,)` to the nearest forget image in the features of the network; None without one."""

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from siss_diffusers.errors import UsageError, describe_error
 from siss_diffusers.evaluation.data import EvaluationData, collect_data
 from siss_diffusers.evaluation.detectors import Detectors
 from siss_diffusers.evaluation.model import MeasuredModel
-from siss_diffusers.evaluation.networks import Networks, load_networks
+from siss_diffusers.evaluation.networks import Networks, load_networks, refuse_dead_networks
 from siss_diffusers.evaluation.settings import EvaluationSettings
 from siss_diffusers.families import Family
 from siss_diffusers.families.sampling import evaluating
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from siss_diffusers.data.images import Images
 
 logger = logging.getLogger(__name__)
+
+NUM_SHOWN = 16  # images to forget, and to keep, that show whether a network can tell pictures apart
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Evaluator:
         networks: what looks at pictures; None loads those that the settings name.
 
     Raises:
-        UsageError: for a network that cannot be loaded, or that does not take the pictures.
+        UsageError: for a network that cannot be loaded, does not take the pictures, or cannot tell them apart.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Evaluator:
         self.family, self.data = family, data
         self.settings = settings or EvaluationSettings()
         self.networks = load_networks(self.settings, PartialState().device) if networks is None else networks
+        refuse_dead_networks(self.networks, torch.cat([data.forget[:NUM_SHOWN], data.keep[:NUM_SHOWN]]))
         self.detectors = Detectors(data.forget, data.keep, self.networks.copy_features)
 
     def model(self, name: str, pipeline: Any, base: MeasuredModel | None = None, **changes: Any) -> MeasuredModel:
@@ -103,7 +107,7 @@ class Evaluator:
         started = time.perf_counter()
         results: dict[str, dict[str, Any]] = {}
         samples: dict[str, dict[str, Tensor]] = {}
-        skipped: dict[str, str] = {}
+        skipped = {f"copies by {detector}": reason for detector, reason in self.detectors.blind.items()}
         base = None
         for name, load in models.items():
             model = self.model(name, load(), base)

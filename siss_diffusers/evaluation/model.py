@@ -97,7 +97,10 @@ class MeasuredModel:
         """
         if self.detectors.are_blind:
             raise Skip(BLIND)
-        return copy_statistics(self.detectors.flags(samples), broken(samples))
+        statistics = copy_statistics(self.detectors.flags(samples), broken(samples))
+        # A detector that misses the images themselves finds few copies, and that means nothing.
+        statistics["copy_share_by_detector"] |= dict.fromkeys(self.detectors.blind)
+        return statistics
 
     @cached_property
     def ordinary_samples(self) -> Tensor:

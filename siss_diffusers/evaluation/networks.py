@@ -7,9 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from siss_diffusers.errors import UsageError
 from siss_diffusers.evaluation.settings import EvaluationSettings
 from siss_diffusers.metrics.clip import Clip
-from siss_diffusers.metrics.features import extract, load_torchscript
+from siss_diffusers.metrics.features import extract, load_torchscript, pixel_features, tell_apart
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,23 @@ class Networks:
     features: Callable[[Tensor], Tensor] | None = None
     class_probabilities: Callable[[Tensor], Tensor] | None = None
     clip: Clip | None = None
+
+
+def refuse_dead_networks(networks: Networks, pictures: Tensor) -> None:
+    """Refuse networks that give the same features for all of some pictures: by them every model would look perfect.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    if not tell_apart(pixel_features(pictures)):
+        return
+    named = {"--copy_detector": networks.copy_features, "--feature_extractor": networks.features}
+    for flag, features in named.items():
+        if features is not None and not tell_apart(features(pictures)):
+            raise UsageError(
+                f"{flag}: the network gives the same features for {len(pictures)} different pictures, so it cannot compare"
+                " any; save it again, or name another"
+            )
 
 
 def load_networks(settings: EvaluationSettings, device: torch.device | str) -> Networks:

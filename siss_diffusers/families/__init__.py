@@ -23,12 +23,28 @@ def find_family(source: PipelineSource, *, with_prompts: bool | None = None) -> 
     allowed = [family for family in FAMILIES if with_prompts in (None, family.has_prompts)]
     for family in allowed:
         if family.fits(source.pipeline_config):
+            check_named(source, family)
             check_scheduler(source, family)
             return family
     raise UsageError(
         f"{source.flag}: {source.describe()} is a {source.pipeline_config['_class_name']}, which is not supported here;"
         f" use {' or '.join(family.title for family in allowed)}"
     )
+
+
+def check_named(source: PipelineSource, family: type[Family]) -> None:
+    """Check that a pipeline has every component that training uses.
+
+    Raises:
+        UsageError: naming the one that is missing.
+    """
+    texts = ("tokenizer",) if family.has_prompts else ()
+    for component in (family.network_name, "scheduler", *family.frozen_components, *texts):
+        value = source.pipeline_config.get(component)
+        if not isinstance(value, list) or len(value) != 2 or None in value:
+            raise UsageError(
+                f"{source.flag}: {source.describe()} names no {component}, which {family.title} needs; use a whole pipeline"
+            )
 
 
 def check_scheduler(source: PipelineSource, family: type[Family]) -> None:

@@ -89,6 +89,24 @@ def check_folder(folder: Path, name: str, flag: str) -> None:
     )
 
 
+def check_parts(folder: Path, components: Iterable[str], name: str, flag: str) -> None:
+    """Refuse a folder that lacks a component which its index names.
+
+    Args:
+        components: that are loaded.
+
+    Raises:
+        UsageError: naming the first that is missing.
+    """
+    for component in components:
+        # Of a repository without sub-folders, the configurations lie beside the index.
+        flat = [folder / "config.json", folder / f"{component}_config.json"]
+        if not (folder / component).is_dir() and not any(file.is_file() for file in flat):
+            raise UsageError(
+                f"{flag}: {name} holds no folder {component}, which its model_index.json names; copy or download it again"
+            )
+
+
 def variants_in(files: Iterable[str]) -> set[str | None]:
     """Return the variants of weights among names of files; None is the plain one."""
     matches = [WEIGHTS_FILE.fullmatch(file.rpartition("/")[2]) for file in files]

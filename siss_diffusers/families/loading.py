@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from siss_diffusers.families.base import Family, silenced
-from siss_diffusers.families.sources import NOT_IN_TRAINING, NamedPipeline
+from siss_diffusers.families.sources import NOT_IN_TRAINING, NamedPipeline, refuse_missing_weights
 from siss_diffusers.families.trust import check_safetensors, loading
 
 
@@ -46,6 +46,7 @@ def load_for_sampling(
                 dtype=dtype,
                 **unused,
             )
+        refuse_missing_weights(pipeline.components, source.name, source.flag)
         if adapter is not None:
             with loading(adapter, adapter_flag):
                 pipeline.load_lora_weights(adapter, cache_dir=source.cache_dir, use_safetensors=True)

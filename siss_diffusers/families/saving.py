@@ -1,5 +1,6 @@
 """The saved pipeline: the files of the base as they are, and the network that was trained."""
 
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,19 @@ from huggingface_hub import constants
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.trust import ONLY_PICKLES, PICKLES
+from siss_diffusers.storage.files import RUN_FILES
 
+
+logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
-# What may be weights of the network before training, under whatever name.
-WEIGHTS = (".safetensors", ".msgpack", ".h5", ".onnx", ".gguf", *PICKLES)
+# A file is copied only if its suffix is one of these: no other could hold pictures of the training set, or code.
+TEXTS = (".json", ".txt", ".md", ".yaml", ".yml")
+VOCABULARIES = (".model", ".bpe", ".jinja")
+# Of the network, and beside the components, they may be weights before training, under whatever name.
+WEIGHTS = (".safetensors", ".msgpack", ".h5", ".onnx", ".gguf")
+# Readers would take them for those of this run; a card of the base would be published as its card.
+NOT_OF_THE_BASE = {name.lower() for name in (*RUN_FILES, "evaluation.json")}
 LEGAL = ("license", "licence", "notice", "copying")
 
 
@@ -39,6 +48,10 @@ def check_copyable(base: Path, config: dict, network_name: str, name: str, flag:
     Raises:
         UsageError: for a component whose weights are pickles, or that was not downloaded, and for links out of the base.
     """
+    behind = left_behind(base, config, network_name)
+    if behind:
+        more = f" and {len(behind) - 5} more" if len(behind) > 5 else ""
+        logger.info(f"Files of the base that are not copied into the result: {', '.join(behind[:5])}{more}")
     for component in components_of(config):
         folder = base / component
         if component == network_name or config[component][0] is None:
@@ -68,7 +81,8 @@ def leads_inside(link: Path, base: Path) -> bool:
 
 
 def copy_rest(base: Path, config: dict, network_name: str, folder: Path, variant: str | None) -> None:
-    """Copy everything of a base but the weights of its network, byte for byte. Pickles stay behind.
+    """Copy the components of a base and the texts beside them, byte for byte, but for the weights of its network, and what
+    `left_behind` names.
 
     Args:
         base: folder of the pipeline.
@@ -85,16 +99,60 @@ def copy_rest(base: Path, config: dict, network_name: str, folder: Path, variant
         elif (base / f"{component}_config.json").is_file():  # of a repository without sub-folders
             (folder / component).mkdir(exist_ok=True)
             shutil.copyfile(base / f"{component}_config.json", folder / component / f"{component}_config.json")
-    for file in base.iterdir():
-        if file.is_file() and file.stem.lower().startswith(LEGAL) and file.suffix not in WEIGHTS:
-            if not file.is_symlink() or leads_inside(file, base):
-                shutil.copyfile(file, folder / file.name)
+    for file in texts_beside(base, config):
+        shutil.copyfile(file, folder / file.name)
     shutil.copyfile(base / INDEX, folder / INDEX)
+
+
+def is_legal(file: Path) -> bool:
+    """Tell whether a file is the text of a licence, by its name."""
+    return file.stem.lower().startswith(LEGAL) and file.suffix.lower() in ("", ".rst", *TEXTS)
+
+
+def texts_beside(base: Path, config: dict) -> list[Path]:
+    """Return the files beside the components that are copied: texts, and whatever is the licence."""
+    # Of a repository without sub-folders the configurations go into those of the components.
+    flat = {f"{name}_config.json" for name in components_of(config)} | {"config.json"}
+    found = []
+    for file in sorted(base.iterdir()):
+        is_text = file.suffix.lower() in TEXTS and file.name.lower() not in NOT_OF_THE_BASE | flat | {INDEX}
+        if file.is_file() and not file.name.startswith(".") and (is_text or is_legal(file)):
+            if not file.is_symlink() or leads_inside(file, base):
+                found.append(file)
+    return found
+
+
+def left_behind(base: Path, config: dict, network_name: str) -> list[str]:
+    """Return what of a base is not copied beside the weights of its network, for a message: other weights, pictures, code,
+    and what an earlier run left. Hidden files are not counted."""
+    components = [name for name in components_of(config) if (base / name).is_dir()]
+    copied = {file.name for file in texts_beside(base, config)} | {INDEX, *components}
+    behind = [f"{path.name}/" if path.is_dir() else path.name for path in sorted(base.iterdir())]
+    behind = [name for name in behind if name.rstrip("/") not in copied and not name.startswith(".")]
+    for name in components:
+        copied = network_configs(base / name) if name == network_name else component_files(base / name)
+        for file in files_within(base / name):
+            is_replaced = file.suffix == ".safetensors" and ".non_ema." not in file.name or ".index." in file.name
+            if file not in copied and not (name == network_name and is_replaced):
+                behind.append(file.relative_to(base).as_posix())
+    return behind
+
+
+def component_files(source: Path) -> list[Path]:
+    """Return the files of a component that are copied."""
+    suffixes = (*TEXTS, *VOCABULARIES, *WEIGHTS)
+    return [file for file in files_within(source) if file.suffix.lower() in suffixes or is_legal(file)]
+
+
+def network_configs(source: Path) -> list[Path]:
+    """Return the texts about a network, but for the index of its shards."""
+    files = [file for file in files_within(source) if file.parent == source and ".index." not in file.name]
+    return [file for file in files if file.suffix.lower() in TEXTS]
 
 
 def copy_component(source: Path, target: Path, variant: str | None) -> None:
     """Copy the files of a component."""
-    files = {file.relative_to(source).as_posix(): file for file in files_within(source) if file.suffix not in PICKLES}
+    files = {file.relative_to(source).as_posix(): file for file in component_files(source)}
     for name, file in files.items():
         plain = name.replace(f".{variant}.", ".") if variant else name
         copy = target / (name if plain in files else plain)
@@ -109,7 +167,5 @@ def copy_network_configs(base: Path, component: str, target: Path) -> None:
         if (base / "config.json").is_file():
             shutil.copyfile(base / "config.json", target / "config.json")
         return
-    for file in files_within(source):
-        is_index = ".index." in file.name
-        if file.parent == source and file.suffix in (".json", ".md", ".txt") and not is_index:
-            shutil.copyfile(file, target / file.name)
+    for file in network_configs(source):
+        shutil.copyfile(file, target / file.name)

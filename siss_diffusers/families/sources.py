@@ -11,7 +11,7 @@ from torch import nn
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Family, silenced
-from siss_diffusers.families.causes import check_variant, variants_in
+from siss_diffusers.families.causes import check_parts, check_variant, variants_in
 from siss_diffusers.families.saving import check_copyable, components_of, copy_rest
 from siss_diffusers.families.trust import load_pipeline_config, loading
 from siss_diffusers.storage.files import LORA_FILE
@@ -54,8 +54,10 @@ class NamedPipeline:
             raise UsageError(f"{self.flag}: {self.name} is an adapter; name the pipeline that it was trained on")
         config = load_pipeline_config(self.name, self.flag, revision=self.revision, cache_dir=self.cache_dir)
         folder = Path(self.name)
-        loaded = [name for name in components_of(config) if name not in NOT_IN_TRAINING and (folder / name).is_dir()]
-        files = {name: os.listdir(folder / name) for name in loaded}
+        loaded = [name for name in components_of(config) if name not in NOT_IN_TRAINING and any(config[name])]
+        if os.path.isdir(self.name):
+            check_parts(folder, loaded, self.name, self.flag)
+        files = {name: os.listdir(folder / name) for name in loaded if (folder / name).is_dir()}
         check_variant(files, self.variant, self.name, self.flag)
         return config
 
@@ -120,6 +122,7 @@ class NamedPipeline:
                 dtype=torch.float32,
                 **where,
             )
+        refuse_missing_weights({family.network_name: network}, self.name, self.flag)
         pipeline.register_modules(**{family.network_name: network})
 
     @cached_property
@@ -153,7 +156,7 @@ class NamedPipeline:
         if "safety_checker" in unused:
             unused["requires_safety_checker"] = False
         with loading(self.name, self.flag):
-            return DiffusionPipeline.from_pretrained(
+            pipeline = DiffusionPipeline.from_pretrained(
                 self.name,
                 revision=self.revision,
                 variant=self.variant,
@@ -161,6 +164,24 @@ class NamedPipeline:
                 use_safetensors=True,
                 dtype=torch.float32,
                 **(unused | components),
+            )
+        refuse_missing_weights(pipeline.components, self.name, self.flag)
+        return pipeline
+
+
+def refuse_missing_weights(components: dict[str, Any], name: str, flag: str) -> None:
+    """Refuse networks whose files lack a weight: diffusers leaves it without values, and says so in a log at most.
+
+    Raises:
+        UsageError: naming the network and the weight.
+    """
+    for component, part in components.items():
+        tensors = part.state_dict().items() if isinstance(part, nn.Module) else ()
+        missing = [weight for weight, tensor in tensors if tensor.is_meta]
+        if missing:
+            raise UsageError(
+                f"{flag}: the files of {component} in {name} lack {len(missing)} weights, such as {missing[0]}; copy or"
+                " download them again"
             )
 
 

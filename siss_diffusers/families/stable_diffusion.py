@@ -65,7 +65,13 @@ class StableDiffusion(Family):
         return [tuple(ids) for ids in seen], [len(ids) > length for ids in whole]
 
     def max_prompt_tokens(self, pipeline) -> int:
-        return pipeline.tokenizer.model_max_length
+        length, places = pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings
+        if length > places:  # without its configuration, a tokenizer of transformers has no limit
+            raise UsageError(
+                f"the tokenizer of the pipeline allows longer prompts than the {places} tokens of the text encoder; repair"
+                f' tokenizer/tokenizer_config.json, where "model_max_length" must be {places}'
+            )
+        return length
 
     @torch.no_grad()
     def embed(self, pipeline, prompts: Sequence[str]) -> Conditions:

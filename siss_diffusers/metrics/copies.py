@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Thresholds are calibrated on at most this many of the images to keep.
 MAX_KEEP_IMAGES = 2_000
+# Of a cosine in float32.
+ROUNDING = 1e-5
 
 # What makes each detector flag a sample, for people. Keys as in `evaluation.json`.
 DETECTORS = {
@@ -27,6 +29,12 @@ DETECTORS = {
     "cluster": "The picture falls into the base's cluster of copies",
     "any": "At least one detector flags the picture. The report calls such a picture a copy",
 }
+
+
+def halfway_to_copy(highest: float) -> float:
+    """Return the threshold of a cosine halfway between a perfect copy and the image to keep that looks most like one; above
+    both where they differ by rounding alone, which would flag either of them by chance."""
+    return (1 + highest) / 2 if highest < 1 - ROUNDING else 1 + ROUNDING
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class CopyDetectors:
         return cls(
             references=references,
             max_distance=pixel_l2(keep, references).min().item() / 2,
-            min_correlation=(1 + correlation(keep, references).max().item()) / 2,
+            min_correlation=halfway_to_copy(correlation(keep, references).max().item()),
         )
 
     @property

@@ -9,6 +9,16 @@ from typing import Any
 
 # The adapter of a run, under the name that every `save_lora_weights` of diffusers uses.
 LORA_FILE = "pytorch_lora_weights.safetensors"
+NEAR_DUPLICATES = "near_duplicates.csv"
+# What a run leaves in its folder beside the model.
+RUN_FILES = (
+    "unlearning.json",
+    "train_log.jsonl",
+    "validation_log.jsonl",
+    "receipt.json",
+    NEAR_DUPLICATES,
+    "README.md",
+)
 CHUNK = 2**22
 
 

@@ -23,6 +23,22 @@ def refuse_folders_given(flag: str, folder: str | Path, given: Mapping[str, str 
             raise UsageError(f"{flag} must not be, or contain, {name}; name another folder")
 
 
+def refuse_folder_within(flag: str, folder: str | Path, given: Mapping[str, str | None]) -> None:
+    """Refuse to write pictures into a folder of images, or below it: they would be read as images of it.
+
+    Args:
+        given: folders of images and names on the Hub, by their flags; None for what was not given.
+
+    Raises:
+        UsageError: naming both flags.
+    """
+    for name, source in given.items():
+        if source and os.path.isdir(source) and Path(folder).resolve().is_relative_to(Path(source).resolve()):
+            raise UsageError(
+                f"{flag}: {folder} lies in {name}, and its pictures would be read as data; name another folder"
+            )
+
+
 @contextmanager
 def made_folder(flag: str, folder: str | Path) -> Iterator[None]:
     """Make a folder now, by the first process: that it cannot be made must not show after hours of work.

@@ -5,10 +5,7 @@ from io import StringIO
 from pathlib import Path
 
 from siss_diffusers.data.split import Split
-from siss_diffusers.storage.files import write_text
-
-
-NEAR_DUPLICATES = "near_duplicates.csv"
+from siss_diffusers.storage.files import NEAR_DUPLICATES, write_text
 
 
 def write_near_duplicates(folder: Path, split: Split) -> None:

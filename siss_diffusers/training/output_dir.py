@@ -7,19 +7,11 @@ from pathlib import Path
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.settings import Settings
+from siss_diffusers.storage.files import RUN_FILES
 from siss_diffusers.storage.folders import refuse_folders_given
-from siss_diffusers.training.near_duplicates import NEAR_DUPLICATES
 
 
-# What a run leaves in its output directory; `--overwrite_output_dir` removes these and nothing else.
-RUN_FILES = (
-    "unlearning.json",
-    "train_log.jsonl",
-    "validation_log.jsonl",
-    "receipt.json",
-    NEAR_DUPLICATES,
-    "README.md",
-)
+# Beside the files; `--overwrite_output_dir` removes these and nothing else.
 RUN_FOLDERS = ("logs",)
 # The settings that may name a folder that is read.
 FOLDERS_READ = ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "forget_data_dir")

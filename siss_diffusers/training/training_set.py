@@ -17,7 +17,7 @@ from siss_diffusers.families import Family
 from siss_diffusers.methods import Method
 from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES
 from siss_diffusers.settings import Settings
-from siss_diffusers.training.near_duplicates import NEAR_DUPLICATES
+from siss_diffusers.storage.files import NEAR_DUPLICATES
 from siss_diffusers.training.resume import DataPart
 
 

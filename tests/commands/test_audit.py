@@ -10,7 +10,7 @@ from PIL import Image
 
 from siss_diffusers.assets.captioned import DIGIT_CAPTIONS, FLOWER_CAPTION, TEMPLE_CAPTION
 from siss_diffusers.auditing import self_similarity
-from siss_diffusers.commands.audit import compare_with_ordinary
+from siss_diffusers.commands.audit import compare_with_ordinary, read_captions
 from siss_diffusers.metrics.noise_norm import NOT_IN_ONE_BATCH, TextNoiseNorms
 from tests.helpers.commands import run_siss, siss_error
 from tests.helpers.paths import TINY_SD
@@ -88,6 +88,16 @@ def test_without_a_joint_batch_there_is_no_noise_norm_and_the_reason_is_said(mod
     assert capsys.readouterr().out.count(f"There is no noise norm: {NOT_IN_ONE_BATCH}.") == 1
 
 
+def test_rows_without_a_caption_are_counted(tmp_path, capsys):
+    captions = {"a.png": "a cat", "b.png": None, "c.png": "a dog", "d.png": None}
+    for name in captions:
+        Image.new("RGB", (8, 8), (len(name), 3, 4)).save(tmp_path / name)
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert read_captions(str(tmp_path), "text", None) == ["a cat", "a dog"]
+    assert "--dataset_name: 2 rows of 4 without a caption are not audited" in capsys.readouterr().out
+
+
 def test_flags_are_for_what_exceeds_every_ordinary_prompt():
     ordinary = [{"noise_norm": value, "self_similarity": 0.5} for value in (1.0, 2.0, 3.0)]
     rows = [{"noise_norm": 3.5, "self_similarity": 0.1}, {"noise_norm": 3.0, "self_similarity": 0.5}]
@@ -115,6 +125,10 @@ def test_self_similarity_sees_a_picture_that_half_of_the_samples_are():
         (["--prompts", "x", "--guidance_scale", "1"], "--guidance_scale"),
         (["--prompts", "x", "--rank_by", "best_match"], "--train_data_dir"),
         (["--prompts", "x", "--train_data_dir", "missing"], "--train_data_dir"),
+        (
+            ["--prompts", "x", "--train_data_dir", "{parent}"],
+            "lies in --train_data_dir, and its pictures would be read",
+        ),
         (["--prompts", "x", "--adapter", "missing"], "--adapter"),
         (["--prompts", "x", "--num_samples", "1"], "--num_samples"),
         (["--dataset_name", "missing_folder"], "--dataset_name"),
@@ -122,6 +136,7 @@ def test_self_similarity_sees_a_picture_that_half_of_the_samples_are():
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(model, tmp_path, capfd, more, says):
+    more = [word.format(parent=tmp_path) for word in more]
     assert says in siss_error(capfd, *flags(model, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 

@@ -11,6 +11,14 @@ def test_prompts_come_once_each_in_their_order(tmp_path):
     file.write_text("b\n\n  c \na\nb\n")
     assert read_prompts("--prompts", ["d", "a"], str(file)) == ["d", "a", "b", "c"]
     assert read_prompts("--prompts", None, None) == []
+    for blank in ("", " \n\r\n\t\n", "\ufeff\n", "\x1a\n"):
+        file.write_text(blank)
+        with pytest.raises(
+            UsageError, match="--ordinary_prompts_file: .*prompts.txt holds no prompt; write one on each"
+        ):
+            read_prompts("--ordinary_prompts", ["a"], str(file))
+    file.write_text("a\nb\x1a\n\x1a")
+    assert read_prompts("--prompts", None, str(file)) == ["a", "b"]
     file.write_bytes(b"\xff")
     with pytest.raises(UsageError, match="--prompts_file: cannot read"):
         read_prompts("--prompts", None, str(file))

@@ -18,6 +18,12 @@ def grey_features(images: torch.Tensor) -> torch.Tensor:
     return grey - grey.mean(1, keepdim=True)
 
 
+def bright_or_dark(images: torch.Tensor) -> torch.Tensor:
+    """Two kinds of pictures, both of them among the flowers: whatever the memorized one is, some look the same."""
+    is_bright = images.mean((1, 2, 3)) > FLOWERS.mean((1, 2, 3)).median()
+    return torch.stack([is_bright, ~is_bright], dim=1).float()
+
+
 def test_a_network_is_calibrated_like_the_others():
     plain, detectors = Detectors(MEMORIZED, FLOWERS), Detectors(MEMORIZED, FLOWERS, grey_features)
     assert plain.similarity(MEMORIZED) is None and "network" not in plain.settings
@@ -61,3 +67,15 @@ def test_the_damage_table_is_that_of_each_image_with_noise_of_its_own(monkeypatc
         for detector, flags in detectors.flags(images).items():
             assert table[detector][damage] == flags.float().mean().item()
     assert table["any"]["none"] == 1 and set(table["any"]) <= set(DAMAGES)
+
+
+def test_a_detector_that_misses_the_images_themselves_is_blind():
+    assert not Detectors(MEMORIZED, FLOWERS, grey_features).blind
+    for features in (lambda images: torch.zeros(len(images), 4), bright_or_dark):
+        detectors = Detectors(MEMORIZED, FLOWERS, features)
+        assert list(detectors.blind) == ["network"] and not detectors.are_blind
+    # Of one colour, it correlates with nothing.
+    detectors = Detectors(torch.full_like(MEMORIZED, 0.5), FLOWERS)
+    assert list(detectors.blind) == ["correlation"] and not detectors.are_blind
+    both = Detectors(MEMORIZED, torch.cat([FLOWERS, MEMORIZED]))
+    assert list(both.blind) == ["pixel_l2", "correlation"] and both.are_blind

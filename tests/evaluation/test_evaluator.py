@@ -134,3 +134,35 @@ def test_a_network_of_the_settings_that_cannot_be_loaded_names_its_flag():
         digits_evaluator(copy_detector="missing.pt")
     # Given networks take the place of those of the settings.
     assert digits_evaluator(Networks(), copy_detector="missing.pt").detectors.copy_features is None
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize(("name", "flag"), [("copy_features", "--copy_detector"), ("features", "--feature_extractor")])
+def test_a_network_that_gives_the_same_for_all_pictures_is_refused(name, flag, value):
+    def dead(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :64] * 0 + value
+
+    with pytest.raises(UsageError, match=f"{flag}: the network gives the same features for 17 different pictures"):
+        digits_evaluator(Networks(**{name: dead}))
+    digits_evaluator(Networks(**{name: lambda images: images.flatten(1)}))
+
+
+def test_a_detector_that_misses_the_forgotten_image_gives_no_figure():
+    """To this network one image to keep is as the forgotten one: it would call nothing a copy."""
+
+    middle = digits_evaluator().data.keep.mean((1, 2, 3)).median()
+
+    def bright_or_dark(images: torch.Tensor) -> torch.Tensor:
+        is_bright = images.mean((1, 2, 3)) > middle
+        return torch.stack([is_bright, ~is_bright], dim=1).float()
+
+    only_figures = [METRICS["copy_share"], METRICS["sscd_forget"]]
+    with only_entries(*only_figures):
+        evaluation = digits_evaluator(Networks(copy_features=bright_or_dark), use_clusters=False).evaluate(
+            {"base": load_digits}
+        )
+    figures, skipped = evaluation.results["base"], evaluation.settings["skipped"]
+    assert figures["copy_share_by_detector"]["network"] is None and figures["sscd_forget"] is None
+    assert figures["copy_share"] is not None and figures["copy_share_by_detector"]["correlation"] is not None
+    assert skipped["copies by network"] == skipped["sscd_forget"] and "does not flag" in skipped["sscd_forget"]
+    assert evaluation.settings["damage_table"]["network"]["none"] == 0

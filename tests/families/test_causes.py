@@ -13,10 +13,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families import LoadedPipeline, NamedPipeline, find_family
 from siss_diffusers.families.causes import cause_on_the_hub, variants_in
+from siss_diffusers.families.loading import load_for_sampling
 from siss_diffusers.flags import parse_settings
 from siss_diffusers.settings import TextToImageSettings, UnconditionalSettings
 from siss_diffusers.storage.folders import made_folder
@@ -132,6 +134,58 @@ def test_a_class_that_diffusers_does_not_have(pipeline_folder, tmp_path):
     index = json.loads((model / "model_index.json").read_text()) | {"scheduler": ["diffusers", "LaterScheduler"]}
     (model / "model_index.json").write_text(json.dumps(index))
     assert "is a LaterScheduler, which diffusers" in refusal(model)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "scheduler", "tokenizer", "text_encoder"])
+def test_a_part_that_is_missing_is_named(component, pipeline_folder, tmp_path):
+    model = shutil.copytree(pipeline_folder, tmp_path / "model")
+    shutil.rmtree(model / component)
+    assert f"holds no folder {component}, which its model_index.json names" in refusal(model)
+    index = json.loads((model / "model_index.json").read_text())
+    for value in ({component: [None, None]}, {}):
+        index.pop(component, None)
+        (model / "model_index.json").write_text(json.dumps(index | value))
+        assert f"names no {component}, which Stable Diffusion 1.x or 2.x needs" in refusal(model)
+
+
+def test_a_part_that_is_missing_in_memory_is_named():
+    pipeline = build_pipeline()
+    pipeline.vae = None
+    pipeline.register_to_config(vae=(None, None))
+    with pytest.raises(UsageError, match="pipeline: .* names no vae"):
+        find_family(LoadedPipeline(pipeline))
+
+
+@pytest.mark.parametrize("component", ["unet", "vae"])
+def test_weights_that_are_missing_are_named(component, pipeline_folder, tmp_path):
+    model = shutil.copytree(pipeline_folder, tmp_path / "model")
+    file = model / component / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    gone = sorted(weights)[0]
+    save_file({name: value for name, value in weights.items() if name != gone}, file, {"format": "pt"})
+    source = NamedPipeline(str(model), "--model")
+    family = find_family(source).from_source(source)
+
+    def load_for_training():
+        family_pipeline = source.load_without_network(family)
+        source.load_network(family, family_pipeline)
+
+    for load in (load_for_training, lambda: load_for_sampling(source, family, "cpu")):
+        with pytest.raises(
+            UsageError, match=f"--model: the files of {component} in .* lack 1 weights, such as {gone}"
+        ):
+            load()
+
+
+def test_a_tokenizer_without_a_limit(pipeline_folder, tmp_path):
+    model = shutil.copytree(pipeline_folder, tmp_path / "model")
+    file = model / "tokenizer" / "tokenizer_config.json"
+    config = {name: value for name, value in json.loads(file.read_text()).items() if name != "model_max_length"}
+    file.write_text(json.dumps(config))
+    source = NamedPipeline(str(model), "--model")
+    family = find_family(source).from_source(source)
+    with pytest.raises(UsageError, match='tokenizer_config.json, where "model_max_length" must be'):
+        family.token_ids(source.load_without_network(family), ["a photograph"])
 
 
 PATHS = ("train_data_dir", "output_dir", "cache_dir", "resume_from_checkpoint", "forget_data_dir", "dataset_name")

@@ -17,9 +17,26 @@ import train_siss_sd
 import train_siss_unconditional
 from siss_diffusers import unlearn
 from siss_diffusers.families import NamedPipeline
-from siss_diffusers.families.saving import copy_rest
+from siss_diffusers.families.saving import copy_rest, left_behind
 from tests.helpers.commands import assert_refused, to_argv
 from tests.helpers.paths import TINY_MODEL
+
+
+TEXTS = {"notes.json", "v1-inference.yaml", "terms.txt", "unet/about.md"}
+# What holds the old weights, or may hold pictures of the training set or code, and what is of another run.
+LEFT_BEHIND = {
+    *("v1-4.ckpt", "whole.safetensors", "vae/diffusion_pytorch_model.bin", "unet/model.non_ema.safetensors"),
+    *(
+        "assets/sample.json",
+        "v1-variants.png",
+        "vae/sample.png",
+        "data.parquet",
+        "run.py",
+        "vae/run.py",
+        "LICENSE.png",
+    ),
+    *("README.md", "receipt.json", "unlearning.json", "near_duplicates.csv", "evaluation.json", "train_log.jsonl"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +60,12 @@ def checked(pipeline_folder, tmp_path_factory) -> Path:
     for name in ("vae/config.json", "unet/config.json"):
         (folder / name).write_text((folder / name).read_text() + "\n")
     (folder / "LICENSE.md").write_text("Free.")
-    (folder / "receipt.json").write_text("of another run")
-    (folder / "v1-4.ckpt").write_bytes(b"pickle")
-    (folder / "whole.safetensors").write_bytes(b"the old weights")
+    (folder / "LICENSE").write_text("Free.")
+    for name in TEXTS:
+        (folder / name).write_text(f"{name} of the base")
+    (folder / "assets").mkdir()
+    for name in LEFT_BEHIND - {"vae/diffusion_pytorch_model.bin"}:
+        (folder / name).write_text(f"{name} of the base")
     (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     return folder
 
@@ -55,17 +75,21 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-LEFT_BEHIND = {"receipt.json", "v1-4.ckpt", "whole.safetensors", "vae/diffusion_pytorch_model.bin"}
 NETWORK = "unet/diffusion_pytorch_model.safetensors"
 OF_THE_RUN = {"unlearning.json", "train_log.jsonl", "receipt.json"}
 
 
-def test_every_file_but_the_network_comes_back(checked, full_args, tmp_path):
+def test_every_file_but_the_network_comes_back(checked, full_args, tmp_path, caplog):
+    caplog.set_level("INFO")
     train_siss_sd.main(to_argv(full_args | {"--pretrained_model_name_or_path": str(checked)}))
     before, after = digests(checked), digests(tmp_path / "out")
-    assert before.keys() - LEFT_BEHIND == after.keys() - OF_THE_RUN
+    assert before.keys() - LEFT_BEHIND == after.keys() - OF_THE_RUN and TEXTS <= after.keys()
     changed = {name for name in before.keys() - LEFT_BEHIND if before[name] != after[name]}
     assert changed == {NETWORK}
+    assert all(before[name] != after[name] for name in OF_THE_RUN & before.keys())
+    index = json.loads((checked / "model_index.json").read_text())
+    named = {name.replace("assets/", "assets/sample.json") for name in left_behind(checked, index, "unet")}
+    assert named == LEFT_BEHIND and "not copied into the result: LICENSE.png, README.md, " in caplog.text
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.safety_checker is not None and pipeline.config.requires_safety_checker
     weights = load_file(tmp_path / "out" / NETWORK)
@@ -187,7 +211,7 @@ def test_a_name_on_the_hub(checked, full_args, tmp_path):
     train_siss_sd.main(to_argv(full_args | flags))
     before, after = digests(snapshot), digests(tmp_path / "out")
     assert "safety_checker/model.safetensors" in before
-    names = {name for name in before if "/" in name} | {"model_index.json"}
+    names = {name for name in before.keys() - LEFT_BEHIND if "/" in name} | {"model_index.json"}
     assert {name for name in names if before[name] != after[name]} == {NETWORK}
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.metrics.features import copy_similarity, extract, load_torchscript, pixel_features
+from siss_diffusers.metrics.features import copy_similarity, extract, load_torchscript, pixel_features, tell_apart
 
 
 FLAG = "--sscd_weights"
@@ -42,6 +42,14 @@ def write(module, path):
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory):
     return load_torchscript(write(Flat(), tmp_path_factory.mktemp("flat") / "flat.pt"), FLAG)
+
+
+def test_features_of_different_pictures_differ():
+    pictures = torch.rand(5, 7, generator=torch.Generator().manual_seed(0))
+    assert tell_apart(pictures) and tell_apart(torch.cat([pictures[:1].expand(9, -1), pictures[1:2]]))
+    assert tell_apart(1e-20 * pictures) and tell_apart(pictures - 1e3)
+    for dead in (0 * pictures, 0 * pictures + 1, pictures[:1].expand(5, -1) * (1 + 1e-8), pictures[:1]):
+        assert not tell_apart(dead)
 
 
 def test_a_network_is_loaded_frozen_and_quietly(tmp_path):
