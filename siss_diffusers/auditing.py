@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from siss_diffusers.curation import sample_prompt
-from siss_diffusers.data.folders import describe_passed_over, list_folder, refuse_archives
-from siss_diffusers.data.images import ImageTransform
+from siss_diffusers.data.folders import cure_of_data
+from siss_diffusers.data.images import ImageTransform, count_pictures
+from siss_diffusers.data.listing import describe_passed_over, list_folder, refuse_archives
+from siss_diffusers.data.saved import is_saved
 from siss_diffusers.data.viewing import read_image
 from siss_diffusers.errors import UsageError, describe_error
 from siss_diffusers.families import Family, Sampling
@@ -52,10 +54,17 @@ def load_training_images(folder: str, resolution: int, flag: str = "--train_data
     Raises:
         UsageError: for a folder without images, or an image that cannot be read.
     """
+    if is_saved(folder):
+        raise UsageError(
+            f"{flag}: {folder} is a data set of save_to_disk, and files of images are needed here; save its images as files"
+        )
     files = list_folder(flag, folder)
     refuse_archives(flag, files)
     if not files.images:
-        raise UsageError(f"{flag}: no images in {folder}")
+        inside = describe_passed_over(files)
+        raise UsageError(
+            f"{flag}: no images in {folder}" + (f", only {inside}{cure_of_data('', files)}" if inside else "")
+        )
     transform = ImageTransform(channels=3, resolution=resolution, center_crop=True, random_flip=False)
     pictures = []
     for file in files.images:
@@ -64,7 +73,13 @@ def load_training_images(folder: str, resolution: int, flag: str = "--train_data
         except ValueError as error:
             raise UsageError(f"{flag}: cannot read {file} ({describe_error(error)}); repair or remove it")
     names = [Path(file).relative_to(files.root).as_posix() for file in files.images]
-    return TrainingImages(names, torch.stack(pictures), describe_passed_over(files))
+    passed_over = [describe_passed_over(files)]
+    several = [file for file in files.images if count_pictures(file) > 1]
+    if several:
+        passed_over.append(
+            f"all but the first picture of {len(several)} files that hold several ({files.examples(several)})"
+        )
+    return TrainingImages(names, torch.stack(pictures), ", ".join(filter(None, passed_over)))
 
 
 def self_similarity(images: Tensor) -> float | None:

@@ -6,7 +6,6 @@ among them. A prompt is flagged if it exceeds every one of the ordinary prompts.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,8 +142,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--rank_by best_match needs --train_data_dir")
     if args.rank_by == "self_similarity" and args.num_samples < 2:
         raise UsageError("--rank_by self_similarity needs --num_samples of at least 2")
-    if args.train_data_dir is not None and not os.path.isdir(args.train_data_dir):
-        raise UsageError(f"--train_data_dir: no folder {args.train_data_dir or repr(args.train_data_dir)}")
+    if args.train_data_dir is not None:
+        from siss_diffusers.data.listing import require_folder
+
+        require_folder("--train_data_dir", args.train_data_dir)
     read = {"--train_data_dir": args.train_data_dir, "--dataset_name": args.dataset_name}
     refuse_folder_within("--output_dir", args.output_dir, read)
 

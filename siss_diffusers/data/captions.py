@@ -26,6 +26,12 @@ def load_captions(images: Images, column: str, rows: np.ndarray | None = None) -
             f"{images.flag} has no captions: there is no column {column!r}, only {', '.join(images.rows.features)};"
             ' add lines {"file_name": ..., "text": ...} in a metadata.jsonl, or name the column by --caption_column'
         )
+    kind = images.rows.data.column(column).type
+    if pa.types.is_struct(kind):
+        raise UsageError(
+            f"{images.flag}: --caption_column {column!r} holds objects ({', '.join(field.name for field in kind)}) and no"
+            " texts; write one text for each image there"
+        )
     captions = texts_of(images.rows, column)
     missing = pc.is_null(captions).to_numpy()
     missing = missing if rows is None else missing[rows]

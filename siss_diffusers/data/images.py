@@ -114,8 +114,7 @@ class Images:
         """
         for index in range(len(self)):
             try:
-                with open_image(source_of(self.rows[index][self.column])) as image:
-                    count = image.n_frames if image.format in HOLDS_SEVERAL else 1
+                count = count_pictures(source_of(self.rows[index][self.column]))
             except Exception as error:
                 raise self._unreadable(index, describe_error(error))
             if count > 1:
@@ -163,6 +162,16 @@ class Images:
 
     def _unreadable(self, index: int, why: str) -> UsageError:
         return UsageError(f"{self.flag}: cannot read {self.name(index)} ({why}); repair or remove it")
+
+
+def count_pictures(source: str | bytes) -> int:
+    """Return how many pictures a file holds; those that are but previews or layers of one are not counted.
+
+    Raises:
+        Exception: of any kind, for a file that cannot be read.
+    """
+    with open_image(source) as image:
+        return image.n_frames if image.format in HOLDS_SEVERAL else 1
 
 
 def source_of(cell: dict) -> str | bytes:

@@ -6,6 +6,7 @@ Values are kept as they are written. `datasets` would take the caption "2015-05-
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -65,7 +66,7 @@ def read_json_lines(file: Path) -> pa.Table:
         rows = []
         for number, line in part:
             if line.strip():
-                rows.append(json.loads(line))
+                rows.append(json.loads(line, parse_float=WrittenFloat))
                 if not isinstance(rows[-1], dict):
                     raise ValueError(f"line {number} is no object")
         names = dict.fromkeys(name for row in rows for name in row)
@@ -76,11 +77,23 @@ def read_json_lines(file: Path) -> pa.Table:
     return concatenate(tables)
 
 
+class WrittenFloat(float):
+    """A number as JSON has it, with the text that it is written as."""
+
+    def __new__(cls, text: str) -> "WrittenFloat":
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
 def column_of(values: Sequence[Any]) -> pa.Array:
-    """Make a column of JSON values. Values of several kinds become texts, as they are written."""
+    """Make a column of JSON values. Values of several kinds become texts, as they are written, and so do numbers that a
+    column of numbers would write in another way: 1 beside 2.5, and 1e5."""
     if any(isinstance(value, list) for value in values) and any(isinstance(value, str) for value in values):
         values = [value if isinstance(value, list | None) else [value] for value in values]
     try:
+        if changes_in_a_column(values):
+            raise pa.ArrowInvalid("numbers that are written in several ways")
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         if any(isinstance(value, list) for value in values):
@@ -89,8 +102,19 @@ def column_of(values: Sequence[Any]) -> pa.Array:
         return pa.array(list(map(written, values)), pa.string())
 
 
+def changes_in_a_column(values: Sequence[Any]) -> bool:
+    """Tell whether a column of numbers, or of lists of them, would not write each as it is written."""
+    items = [item for value in values for item in (value if isinstance(value, list) else (value,))]
+    floats = [item for item in items if isinstance(item, float)]
+    if floats and any(type(item) is int for item in items):
+        return True
+    return any(written(item) != str(float(item)) for item in floats)
+
+
 def written(value: Any) -> str | None:
     """Return a JSON value as it is written; a string without its quotes, and None for null."""
+    if isinstance(value, WrittenFloat):
+        return value.text
     return value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
 
 
@@ -102,7 +126,7 @@ def read_csv(file: Path) -> pa.Table:
     Raises:
         OSError, ValueError, pa.ArrowException: if it is none.
     """
-    text = read_text(file)
+    text = re.sub(r"\A([ \t]*[\r\n]+)+", "", read_text(file))  # the first line that is not blank has the names
     header = split_lines(text)[0]
     names, delimiter = [], ","
     for delimiter in DELIMITERS:
@@ -141,8 +165,10 @@ def read_parquet(file: Path) -> pa.Table:
 
 def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
     """Put tables below each other. A column that one of them lacks is null there; a column of several types becomes
-    texts."""
+    texts, and so does one of integers and other numbers."""
     try:
+        if any(len({pa.types.is_integer(kind) for kind in kinds}) > 1 for kinds in numbers_of(tables).values()):
+            raise pa.ArrowInvalid("numbers of two kinds")
         return pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
         names = dict.fromkeys(name for table in tables for name in table.column_names)
@@ -163,3 +189,16 @@ def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
                     ]
                 )
         return pa.table(whole)
+
+
+def numbers_of(tables: Sequence[pa.Table]) -> dict[str, set[pa.DataType]]:
+    """Return the types of each column of numbers, or of lists of them."""
+    kinds: dict[str, set[pa.DataType]] = {}
+    for table in tables:
+        for field in table.schema:
+            kind = field.type
+            while pa.types.is_list(kind):
+                kind = kind.value_type
+            if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+                kinds.setdefault(field.name, set()).add(kind)
+    return kinds

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from siss_diffusers.data.column_values import rows_where
+from siss_diffusers.data.names import NamesOnDisk
 from siss_diffusers.errors import UsageError
 
 
@@ -27,6 +28,16 @@ def below_folder(name: str, folder: str) -> str:
     return Path(os.path.normpath(name)).as_posix()
 
 
+def as_in_rows(names: Sequence[str], paths: pa.ChunkedArray, root: Path) -> list[str]:
+    """Return names of files with the characters that the paths of the rows have for letters with accents."""
+    if all(name.isascii() for name in names):
+        return list(names)
+    rows = rows_where(paths, lambda values: pc.fill_null(pc.invert(pc.string_is_ascii(values)), False))
+    known = [os.path.relpath(path, root) for path in paths.take(pa.array(rows)).to_pylist()]
+    on_disk = NamesOnDisk(known, [os.path.basename(path) for path in known])
+    return [on_disk.on_disk(name) for name in names]
+
+
 def named_rows(cells: pa.ChunkedArray, names: Sequence[str], folder: str) -> list[int]:
     """Return the rows of the image files of these paths below `folder`, or of these names wherever below it. Where a name is both,
     it is the path; a file that several rows name has all of them.
@@ -35,10 +46,10 @@ def named_rows(cells: pa.ChunkedArray, names: Sequence[str], folder: str) -> lis
         UsageError: for a name of no file, or of several.
     """
     root = Path(folder).resolve()
-    below = [below_folder(name, folder) for name in names]
+    paths = pc.struct_field(cells, "path")
+    below = as_in_rows([below_folder(name, folder) for name in names], paths, root)
     whole = pa.array([str(root / name) for name in below], pa.string())
     last_parts = pa.array([name for name in below if "/" not in name], pa.string())
-    paths = pc.struct_field(cells, "path")
 
     def is_named(values: pa.Array) -> pa.Array:
         last = pc.replace_substring_regex(values, rf"(?s)^.*{re.escape(os.sep)}", "")

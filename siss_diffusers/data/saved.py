@@ -1,4 +1,4 @@
-"""Data sets as other tools leave them: `save_to_disk` folders, columns of bytes, files of captions under other names."""
+"""Data sets as other tools leave them: `save_to_disk` folders, and columns of bytes."""
 
 import json
 import os
@@ -8,36 +8,74 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from siss_diffusers.data.listing import holds_pictures, list_folder
+from siss_diffusers.data.loaded import LoadedRows
 from siss_diffusers.errors import UsageError, describe_error
 
 
-# Metadata that `datasets` reads beside images.
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# Names that people give to such a file, which would be passed over without a word.
-MISNAMED = (
-    *("metadata.json", "metadata.jsonlines", "metadata.ndjson", "metadata.txt", "metadata.tsv", "metadata.jsonl.txt"),
-    *("metadata.csv.txt", "metadata.json.txt", "metadata.yaml", "metadata.yml", "metadata.xlsx", "metadata.arrow"),
-)
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"\x00\x00\x00")
 
 
-def load_saved(flag: str, name: str) -> datasets.Dataset | None:
-    """Load the split `train` of a folder of `save_to_disk`; None for anything else.
+def is_saved(name: str) -> bool:
+    """Tell whether a name is that of a folder of `save_to_disk`."""
+    # Not by Path: it raises for a name that is too long for a file.
+    return any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json"))
+
+
+def load_saved(flag: str, name: str, every_file: bool = False) -> LoadedRows:
+    """Load a folder of `save_to_disk`; of several splits, `train` is used.
+
+    Args:
+        every_file: refuse anything in the folder that would not be used, as of images to forget.
 
     Raises:
         UsageError: for a folder without that split, or that names files outside of it.
     """
-    folder = Path(name)
-    # Not by Path: it raises for a name that is too long for a file.
-    if not any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
-        return None
+    folder, own = Path(name), {"dataset_dict.json"}
+    splits = {"train": folder}
     if (folder / "dataset_dict.json").is_file():
-        if not (folder / "train" / "state.json").is_file():
-            splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
-            raise UsageError(
-                f"{flag}: {name} has no split `train`, only {', '.join(splits) or 'none'}; name one of them"
-            )
-        folder = folder / "train"
+        splits = {split: folder / split for split in splits_of(flag, folder)}
+    loaded = {}
+    for split, place in splits.items():
+        loaded[split], files = load_split(flag, place)
+        own |= {(place / file).relative_to(folder).as_posix() for file in files}
+    if "train" not in loaded:
+        raise UsageError(f"{flag}: {name} has no split `train`, only {', '.join(loaded) or 'none'}; name one of them")
+    rows = loaded.pop("train")
+    if every_file and loaded:
+        others = ", ".join(f"{split} ({len(other)} rows)" for split, other in loaded.items())
+        raise UsageError(
+            f"{flag}: {name} holds the splits train and {others}, and only train would be read; save what is to forget as"
+            " one data set, without splits"
+        )
+    return LoadedRows(rows, files_beside(flag, name, own, every_file), loaded)
+
+
+def splits_of(flag: str, folder: Path) -> list[str]:
+    """Return the names of the splits of a folder of `save_to_disk`.
+
+    Raises:
+        UsageError: for a file of them that is damaged, or a split that is not there.
+    """
+    file = folder / "dataset_dict.json"
+    try:
+        splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
+        is_whole = all(Path(split).name == split and (folder / split / "state.json").is_file() for split in splits)
+    except (OSError, ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise UsageError(
+            f"{flag}: {file} is not what save_to_disk wrote, or a split is missing; save the data set again"
+        )
+    return splits
+
+
+def load_split(flag: str, folder: Path) -> tuple[datasets.Dataset, list[str]]:
+    """Load a split of `save_to_disk`, and return the names of its files, too.
+
+    Raises:
+        UsageError: for a folder that names files outside of it, or that cannot be read.
+    """
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         files = [file["filename"] for file in state["_data_files"]]
@@ -49,29 +87,33 @@ def load_saved(flag: str, name: str) -> datasets.Dataset | None:
                 f"{flag}: {folder / 'state.json'} names {file}, which lies outside of it; remove it there"
             )
     try:
-        return datasets.load_from_disk(str(folder)).with_format(None)
+        rows = datasets.load_from_disk(str(folder)).with_format(None)
     except Exception as error:  # whatever the parsers make of a broken file
-        raise UsageError(f"{flag}: {name} cannot be loaded ({describe_error(error)}); save it again") from error
+        raise UsageError(f"{flag}: {folder} cannot be loaded ({describe_error(error)}); save it again") from error
+    caches = [path.name for path in folder.glob("cache-*.arrow")]  # of `map` and `filter`
+    return rows, [*files, *caches, "state.json", "dataset_info.json"]
 
 
-def check_metadata_names(flag: str, folder: str) -> None:
-    """Refuse a folder of images whose metadata has a name that is not read, beside none that is.
+def files_beside(flag: str, name: str, own: set[str], every_file: bool) -> str:
+    """Return what lies in a folder of `save_to_disk` beside the files of the data set, as a text; empty for nothing.
+
+    Args:
+        own: the files of the data set, by their names below the folder.
+        every_file: refuse the others.
 
     Raises:
-        UsageError: saying how to name it.
+        UsageError: naming the first few.
     """
-    if not os.path.isdir(folder):
-        return
-    for place in (Path(folder), *(path for path in Path(folder).glob("*/") if not path.is_symlink())):
-        names = {name.lower(): name for name in os.listdir(place)}
-        if any(name in names.values() for name in METADATA):
-            continue
-        for name in (*MISNAMED, *METADATA):
-            if name in names:
-                raise UsageError(
-                    f"{flag}: {place / names[name]} is not read under this name; write a JSON object with file_name and"
-                    " the caption on each line, and call the file metadata.jsonl"
-                )
+    files = list_folder(flag, name, every_file)
+    own = {os.path.join(files.root, file) for file in own}
+    given = files.images + files.metadata + files.hidden + files.above + files.others
+    beside = sorted({*given, *(filter(holds_pictures, files.litter) if every_file else ())} - own)
+    if beside and every_file:
+        raise UsageError(
+            f"{flag}: {len(beside)} files lie in {name} beside what save_to_disk wrote and would not be read"
+            f" ({files.examples(beside)}); move them into a folder of their own, or remove them"
+        )
+    return f"{len(beside)} files beside what save_to_disk wrote ({files.examples(beside)})" if beside else ""
 
 
 def with_images(rows: datasets.Dataset, column: str, flag: str) -> datasets.Dataset:
@@ -84,11 +126,11 @@ def with_images(rows: datasets.Dataset, column: str, flag: str) -> datasets.Data
     if feature is None or isinstance(feature, datasets.Image):
         return rows
     kind = rows.data.schema.field(column).type
-    if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type):
         return rows.cast_column(column, datasets.Image(decode=False))
     first = next((cell for chunk in rows.data.column(column).chunks for cell in pc.drop_null(chunk)[:1]), None)
     value = None if first is None else first.as_py()
-    if isinstance(value, bytes):
+    if isinstance(value, bytes) and holds_bytes(kind):
         if not value.startswith(MAGIC):
             raise UsageError(f"--image_column: {column!r} of {flag} holds bytes that are no image file; name another")
         return rows.cast_column(column, datasets.Image(decode=False))
@@ -102,7 +144,16 @@ def with_images(rows: datasets.Dataset, column: str, flag: str) -> datasets.Data
             f"--image_column: {column!r} of {flag} holds texts and no images; if they name files, call the column"
             " file_name in a metadata.jsonl beside the images, and use --train_data_dir"
         )
-    return rows
+    held = "nothing" if value is None else f"values of type {kind} and no image files"
+    raise UsageError(
+        f"--image_column: {column!r} of {flag} holds {held}; save each image as a file or as the bytes of one, or name"
+        " another column"
+    )
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Tell whether a type of Arrow is one of files of any length."""
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def cure_of(error: Exception) -> str:

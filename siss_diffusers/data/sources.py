@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -13,14 +14,16 @@ import pyarrow.compute as pc
 import yaml
 from datasets import load_dataset
 
-from siss_diffusers.data.folders import list_folder, load_folder
+from siss_diffusers.data.column_values import marked_rows, rows_where
+from siss_diffusers.data.folders import check_metadata_names, load_folder
+from siss_diffusers.data.forget_set import columns_of_marks
 from siss_diffusers.data.images import Images, ImageTransform
-from siss_diffusers.data.saved import check_metadata_names, cure_of, load_saved, with_images
+from siss_diffusers.data.listing import DATA_SUFFIXES, NUM_EXAMPLES, list_folder, require_folder, suffix_of
+from siss_diffusers.data.loaded import LoadedRows
+from siss_diffusers.data.saved import cure_of, is_saved, load_saved, with_images
 from siss_diffusers.errors import UsageError, describe_error
 
 
-# Files of data sets that are more than a folder of images, and scripts, which `datasets` refuses.
-DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".zip", ".py")
 SPLIT_NAMES = {"train", "training", "test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"}
 
 
@@ -64,33 +67,28 @@ def declared_files(config: object) -> Iterator[str]:
             yield from (path for path in (paths if isinstance(paths, list) else [paths]) if isinstance(path, str))
 
 
-@dataclass(frozen=True)
-class LoadedRows:
-    """The rows of a data set that are used, and what else there is.
+def load_rows(
+    flag: str,
+    name: str,
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+    columns: Sequence[str] = ("image",),
+) -> LoadedRows:
+    """Load a data set: its split `train`, or all of a local folder of images. No image is read.
 
     Args:
-        rows: the split `train`, or all of a folder.
-        passed_over: how much of what kind is not used, as a text; empty for nothing.
-        other_splits: of a data set that has several.
-    """
-
-    rows: datasets.Dataset
-    passed_over: str = ""
-    other_splits: Mapping[str, datasets.Dataset] = field(default_factory=dict)
-
-
-def load_rows(flag: str, name: str, config_name: str | None = None, cache_dir: str | None = None) -> LoadedRows:
-    """Load a data set: its split `train`, or all of a local folder of images. No image is read.
+        columns: of the images that will be used: the first of these that there is.
 
     Raises:
         UsageError: for anything that cannot be loaded.
     """
-    if (saved := load_saved(flag, name)) is not None:
-        return LoadedRows(saved)
-    check_metadata_names(flag, name)
-    folder = image_folder_of(flag, name) if config_name is None else None
+    if is_saved(name):
+        return load_saved(flag, name)
+    if os.path.isfile(name) and suffix_of(name) != ".py":  # `datasets` says what is wrong with a script
+        require_folder(flag, name)
+    folder = image_folder_of(flag, name, columns) if config_name is None else None
     if folder is not None:
-        return LoadedRows(*folder)
+        return folder
     try:
         splits = dict(load_dataset(name, config_name, cache_dir=cache_dir))
     except Exception as error:  # whatever the parsers make of a broken file
@@ -101,15 +99,13 @@ def load_rows(flag: str, name: str, config_name: str | None = None, cache_dir: s
     if "train" not in splits:
         raise UsageError(f"{flag}: {name} has no split train, only {', '.join(splits)}")
     unread = images_in_no_split(flag, name, splits)
-    rows = splits.pop("train")
-    others = [f"the split {split} ({len(other)} rows)" for split, other in splits.items()]
-    return LoadedRows(rows, ", ".join(others + unread), splits)
+    return LoadedRows(splits.pop("train"), unread, splits)
 
 
-def images_in_no_split(flag: str, name: str, splits: Mapping[str, datasets.Dataset]) -> list[str]:
-    """Return how many images of a local folder `datasets` put into no split, as a text; nothing if there are none."""
+def images_in_no_split(flag: str, name: str, splits: Mapping[str, datasets.Dataset]) -> str:
+    """Return how many images of a local folder `datasets` put into no split, as a text; empty if there are none."""
     if not os.path.isdir(name) or next(iter(splits.values())).builder_name != "imagefolder":
-        return []
+        return ""
     files = list_folder(flag, name)
     images = pa.array(files.images, pa.string())
     for rows in splits.values():
@@ -118,14 +114,14 @@ def images_in_no_split(flag: str, name: str, splits: Mapping[str, datasets.Datas
                 paths = pc.struct_field(rows.data.column(column), "path")
                 images = images.filter(pc.invert(pc.is_in(images, paths)))
     unread = images.to_pylist()
-    return [f"{len(unread)} images that are in no split ({files.examples(unread)})"] if unread else []
+    return f"{len(unread)} images that are in no split ({files.examples(unread)})" if unread else ""
 
 
-def image_folder_of(flag: str, name: str) -> tuple[datasets.Dataset, str] | None:
+def image_folder_of(flag: str, name: str, columns: Sequence[str]) -> LoadedRows | None:
     """Load a local folder that holds images and no other data; None for any other data set.
 
     `datasets` would take files for splits by their names. Where every folder in it has the name of a split, they are
-    splits, and `train` is read.
+    splits, and `train` is used.
 
     Raises:
         UsageError: for files that cannot be used.
@@ -133,17 +129,18 @@ def image_folder_of(flag: str, name: str) -> tuple[datasets.Dataset, str] | None
     if not os.path.isdir(name) or check_declared_files(flag, name):
         return None
     files = list_folder(flag, name)
-    suffixes = Counter(os.path.splitext(path)[1].lower() for path in files.others)
+    check_metadata_names(flag, files)
+    suffixes = Counter(map(suffix_of, files.others))
     tables = sum(suffixes[suffix] for suffix in (".csv", ".json", ".jsonl", ".txt"))
-    if not files.images or len(files.images) < tables or any(suffixes[suffix] for suffix in DATA_SUFFIXES):
+    if not files.images or len(files.images) < tables or any(suffixes[suffix] for suffix in (*DATA_SUFFIXES, ".py")):
         return None
     parts = {os.path.relpath(path, files.root).split(os.sep)[0] for path in files.images + files.metadata}
     splits = {part for part in parts if part.lower() in SPLIT_NAMES}
     if splits != parts or len(parts) < 2 or "train" not in parts:
-        return load_folder(flag, name, files=files)
-    rows, passed_over = load_folder(flag, os.path.join(name, "train"))
-    others = f"the splits {', '.join(sorted(splits - {'train'}))}"
-    return rows, f"{passed_over}, {others}" if passed_over else others
+        return LoadedRows(*load_folder(flag, name, columns=columns, files=files))
+    loaded = {split: load_folder(flag, os.path.join(name, split), columns=columns) for split in sorted(splits)}
+    rows, passed_over = loaded.pop("train")
+    return LoadedRows(rows, passed_over, {split: other for split, (other, _) in loaded.items()})
 
 
 def check_image_paths(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[str]) -> None:
@@ -201,6 +198,7 @@ def load_image_rows(
     column: str,
     *,
     is_folder: bool,
+    or_column: str | None = None,
     every_file: bool = False,
     config_name: str | None = None,
     cache_dir: str | None = None,
@@ -209,22 +207,51 @@ def load_image_rows(
 
     Args:
         source: the folder, or the name of the data set.
-        every_file: refuse a file of the folder that would not be used, as for images to forget.
+        column: of the images.
+        or_column: of the images, where there is no such column.
+        every_file: refuse what would not be used, or is marked as to be kept, as for images to forget.
 
     Raises:
         UsageError: naming the flag, for a source that cannot be read or has no such column.
     """
-    if is_folder and not os.path.isdir(source):
-        raise UsageError(f"{flag}: no folder {source or repr(source)}")
-    if is_folder and load_saved(flag, source) is None:
-        check_metadata_names(flag, source)
-        loaded = LoadedRows(*load_folder(flag, source, every_file=every_file))
+    columns = (column, *([] if or_column is None else [or_column]))
+    if is_folder:
+        require_folder(flag, source)
+    if is_folder and is_saved(source):
+        loaded = load_saved(flag, source, every_file)
+    elif is_folder:
+        loaded = LoadedRows(*load_folder(flag, source, columns=columns, every_file=every_file))
     else:
-        loaded = load_rows(flag, source, config_name, cache_dir)
+        loaded = load_rows(flag, source, config_name, cache_dir, columns)
+    column = next((name for name in columns if name in loaded.rows.features), column)
     downloads = (cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
     roots = [source] if os.path.isdir(source) else [str(root) for root in downloads if root]
     images = undecoded(loaded.rows, column, flag, roots)
+    if every_file:
+        refuse_rows_to_keep(images)
     return replace(images, passed_over=loaded.passed_over, other_splits=loaded.other_splits)
+
+
+def refuse_rows_to_keep(images: ImageRows) -> None:
+    """Refuse images to forget that a column `forget` says no of: all of what is given to forget is forgotten.
+
+    Raises:
+        UsageError: naming the first few.
+    """
+    for column in columns_of_marks(images.rows):
+        cells = images.rows.data.column(column)
+        marked = None if pa.types.is_nested(cells.type) else marked_rows(images.rows, column)
+        if marked is None:
+            continue
+        marked = {*marked, *rows_where(cells, pc.is_null).tolist()}
+        kept = [row for row in range(len(images.rows)) if row not in marked]
+        if kept:
+            paths = (images.rows[row][images.column]["path"] for row in kept[:NUM_EXAMPLES])
+            names = ", ".join(os.path.basename(path) if path else f"row {row}" for row, path in zip(kept, paths))
+            raise UsageError(
+                f"{images.flag}: its metadata say {column}: false for {len(kept)} images ({names}), and all that is there"
+                " would be forgotten; take them out of the folder, or drop the column"
+            )
 
 
 def undecoded(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[str] | None) -> ImageRows:
@@ -239,13 +266,18 @@ def undecoded(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[st
     rows = with_images(rows, column, flag)
     if not isinstance(rows.features.get(column), datasets.Image):
         raise UsageError(f"--image_column: {flag} has no image column {column!r}, only {', '.join(rows.features)}")
-    plain = (datasets.Value, datasets.ClassLabel)
-    kept = [
-        name
-        for name, feature in rows.features.items()
-        if name == column or isinstance(getattr(feature, "feature", feature), plain)
-    ]
+    kept = [name for name, feature in rows.features.items() if name == column or is_plain(feature)]
     rows = rows.select_columns(kept).cast_column(column, datasets.Image(decode=False))
     if roots is not None:
         check_image_paths(rows, column, flag, roots)
     return ImageRows(rows, column, flag)
+
+
+def is_plain(feature: Any) -> bool:
+    """Tell whether the values of a column are plain ones, or lists or objects of these, which need no decoding."""
+    if isinstance(feature, dict):
+        return all(map(is_plain, feature.values()))
+    if isinstance(feature, list):
+        return all(map(is_plain, feature))
+    inner = getattr(feature, "feature", None)
+    return isinstance(feature, datasets.Value | datasets.ClassLabel) if inner is None else is_plain(inner)

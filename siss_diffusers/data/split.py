@@ -70,54 +70,59 @@ class DataSource:
             UsageError: naming the flag, for what cannot be read, or where nothing says what to forget.
         """
         self.check()
+        where = {"column": self.image_column, "cache_dir": self.cache_dir}
         with PartialState().main_process_first():
             if self.train_data_dir is not None:
-                train = self._folder("--train_data_dir", self.train_data_dir, self.image_column)
+                train = load_image_rows("--train_data_dir", self.train_data_dir, is_folder=True, **where)
             else:
+                config = self.dataset_config_name
                 train = load_image_rows(
-                    "--dataset_name",
-                    self.dataset_name,
-                    self.image_column,
-                    is_folder=False,
-                    config_name=self.dataset_config_name,
-                    cache_dir=self.cache_dir,
+                    "--dataset_name", self.dataset_name, is_folder=False, config_name=config, **where
                 )
             if self.forget_data_dir is not None:
-                same = self.forget_data_dir == self.train_data_dir
-                column = self.image_column if same else "image"
-                forget = self._folder("--forget_data_dir", self.forget_data_dir, column, every_file=True)
-                if not same:
+                # A folder of images without metadata has them in `image`, whatever the column of the training set.
+                whole = where | {"or_column": "image", "every_file": True}
+                forget = load_image_rows("--forget_data_dir", self.forget_data_dir, is_folder=True, **whole)
+                if self.forget_data_dir != self.train_data_dir:
                     warn_of_marks(train.rows, "--forget_data_dir")
                 return GivenRows(train, forget)
         by_column = (self.forget_column, self.forget_value)
         indices = forget_rows_of(train.rows, train.column, self.forget_files, *by_column, self.train_data_dir)
+        for name, rows in train.other_splits.items():
+            refuse_forget_rows(rows, name, *by_column, flag=train.flag)
         if indices is None:
+            passed_over = f" (passed over in {train.flag}: {train.passed_over})" if train.passed_over else ""
             raise UsageError(
                 "nothing to forget: give --forget_data_dir, --forget_files or --forget_column, or a data set with a"
-                " boolean column `forget`"
+                f" boolean column `forget`{passed_over}"
             )
-        for name, rows in train.other_splits.items():
-            refuse_forget_rows(rows, name, *by_column)
         return GivenRows(train, forget_indices=indices)
 
-    def _folder(self, flag: str, folder: str, column: str, every_file: bool = False) -> ImageRows:
-        return load_image_rows(flag, folder, column, is_folder=True, every_file=every_file, cache_dir=self.cache_dir)
 
-
-def refuse_forget_rows(rows: datasets.Dataset, split: str, column: str | None, value: str | None) -> None:
+def refuse_forget_rows(
+    rows: datasets.Dataset, split: str, column: str | None, value: str | None, flag: str = "keep"
+) -> None:
     """Refuse a split that is not used and holds rows to forget.
+
+    Args:
+        column: what says so, `None` for the column `forget`; and its value.
+        flag: of the data set; in Python it is an argument.
 
     Raises:
         UsageError: naming the split.
     """
+    if column is not None and column not in rows.features:
+        return
     try:
         marked = forget_rows_of(rows, "", None, column, value)
-    except UsageError:  # no such column or value there
-        return
+    except UsageError as error:
+        if value is None:
+            raise UsageError(f"{error} (in the split {split}, of which nothing is used)") from error
+        return  # no such value there
     if marked:
         raise UsageError(
-            f"--dataset_name: {len(marked)} rows to forget are in the split {split}, of which nothing is used; move them"
-            " to the split train, or give their images by --forget_data_dir"
+            f"{flag}: {len(marked)} rows to forget are in the split {split}, of which nothing is used; move them to the"
+            " split train, or give their images by --forget_data_dir"
         )
 
 

@@ -28,6 +28,11 @@ TRANSPOSED = {
 
 
 SAMPLE_FORMAT = 339  # tag of TIFF
+# Of cameras. Pillow takes many of them for TIFF, and reads the preview that is in them.
+RAW_SUFFIXES = frozenset(
+    ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .fff .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2"
+    " .srf .srw .x3f".split()
+)
 
 
 @cache
@@ -47,6 +52,8 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         return Image.open(BytesIO(source), formats=image_formats())
     if not os.path.isfile(source):  # a pipe would never end
         raise FileNotFoundError("it is not there, or no regular file")
+    if os.path.splitext(source)[1].lower() in RAW_SUFFIXES:
+        raise ValueError("it is a camera's raw file, of which only the preview could be read")
     return Image.open(source, formats=image_formats())
 
 

@@ -123,6 +123,46 @@ class TestDigits:
         assert [match.digest for match in search.find(thumbnails(copies, 1, 8))] == [b"forget"] * 3
 
 
+class TestManyCopies:
+    """Of the images to keep half and more are copies."""
+
+    def kept(self, copies: list, others: int, resolution: int = 256) -> int:
+        """How many of these pictures stay, others first."""
+        pictures = photographs()
+        parts = [*pictures[10 : 10 + others], *copies], [pictures[3]]
+        given = GivenRows(*(ImageRows(embedded([*map(np.asarray, part)]), "image", "--x") for part in parts))
+        return split_data(given, ImageTransform(3, resolution), 0).counts()["keep"]
+
+    @pytest.mark.parametrize("others", [1, 2, 3, 9])
+    @pytest.mark.parametrize("resolution", [32, 64, 256])
+    def test_they_do_not_pass_for_the_ordinary_kind(self, others, resolution):
+        picture = photographs()[3]
+        changed = [jpeg(picture, 75), resized(picture, 0.75), ImageOps.mirror(picture), resized(picture, 0.5)]
+        assert self.kept(changed[:2], others, resolution) == others
+        assert self.kept(changed, others, resolution) == others
+        assert self.kept([picture] * 5 + changed[:1] + changed[2:3], others, resolution) == others
+
+    def test_exact_ones_of_a_small_picture_do_not_either(self):
+        """So few numbers do not tell a copy from a picture of the same thing, but equal ones do."""
+        forget, digits = garment_image(), digit_images()[0]
+        parts = [*digits[:3], *[forget] * 5, np.asarray(jpeg(Image.fromarray(forget), 95))], [forget]
+        given = GivenRows(*(ImageRows(embedded(part), "image", "--x") for part in parts))
+        assert split_data(given, ImageTransform(1, 8), 0).counts()["keep"] == 3
+
+    def test_a_set_of_nothing_else_is_refused(self):
+        with pytest.raises(UsageError, match="nothing to keep: .* --no-drop_near_duplicates"):
+            self.kept([jpeg(photographs()[3], 75)], 0)
+
+    def test_of_another_forget_image_either(self):
+        """Copies of a picture that is a little like the first make this one's limits no stricter."""
+        first, second = (photographs()[index] for index in (3, 4))
+        second = Image.blend(first, second, 0.3)
+        copies = [jpeg(second, quality) for quality in (60, 70, 80, 90)]
+        parts = [*photographs()[10:12], *copies, jpeg(first, 50)], [first, second]
+        given = GivenRows(*(ImageRows(embedded([*map(np.asarray, part)]), "image", "--x") for part in parts))
+        assert split_data(given, ImageTransform(3, 256), 0).counts()["keep"] == 2
+
+
 class TestRule:
     """On noise, of which neither shifts nor mirror images correlate."""
 
@@ -240,7 +280,7 @@ class TestOrder:
         images.load = some
         forget, pixels = images.look(30)
         order = KeepOrder(images, np.delete(np.arange(40), 30), {forget}, 0, thumbnails={forget: thumbnail(pixels)})
-        assert len(order.near.ordinary) == 38
+        assert len(order.near.ordinary) == 38 - 4  # copies of row 30
 
     def test_detectors_that_are_calibrated_on_what_is_kept_find_damaged_copies_again(self):
         """A near copy in the keep set makes them blind: nothing but a better copy than it is flagged."""

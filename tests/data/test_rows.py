@@ -135,9 +135,9 @@ def test_a_class_as_a_caption_is_its_name():
     assert load_captions(images, "text").to_pylist() == ["a dog", "a cat", "a dog"]
 
 
-def test_captions_that_are_structures_are_none():
+def test_captions_that_are_structures_are_refused():
     rows = embedded([flat(0), flat(1)]).add_column("text", [{"a": "x"}, {"a": "y"}])
-    with pytest.raises(UsageError, match="2 of 2 images have no caption"):
+    with pytest.raises(UsageError, match=r"--caption_column 'text' holds objects \(a\)"):
         load_captions(Images(rows, "image", None, "--train_data_dir"), "text")
 
 

@@ -77,6 +77,29 @@ def test_a_column_of_bytes_and_paths_is_one_of_images(tmp_path):
     assert_pixels(load(folder, tmp_path, is_folder=False))
 
 
+def test_a_column_of_bytes_alone_is_one_of_images(tmp_path):
+    feature = {"bytes": datasets.Value("large_binary"), "width": datasets.Value("int64")}
+    folder = table(tmp_path, [{"bytes": png(seed), "width": 8} for seed in range(3)], feature)
+    assert_pixels(load(folder, tmp_path, is_folder=False))
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        *(
+            ([[1, 2]], "list.*list"),
+            (7, "int64"),
+            ({"bytes": 7}, "struct"),
+            (None, "nothing"),
+            ({"path": "x"}, "struct"),
+        ),
+    ],
+)
+def test_columns_of_no_image_files_are_refused_by_their_type(tmp_path, value, words):
+    with pytest.raises(UsageError, match=f"'image' of --data holds .*{words}.*; save each image as a file"):
+        load(table(tmp_path, [value] * 3), tmp_path, is_folder=False)
+
+
 @pytest.mark.parametrize(
     "value, words",
     [("https://example.org/a.jpg", "addresses"), ("a.png", "file_name"), (b"no picture", "no image file")],

@@ -1,0 +1,27 @@
+"""What was loaded of a data set, and what else there is in it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import datasets
+
+
+@dataclass(frozen=True)
+class LoadedRows:
+    """The rows of a data set that are used, and what else there is.
+
+    Args:
+        rows: the split `train`, or all of a folder.
+        unread: how much of what kind was given and is in no split, as a text; empty for nothing.
+        other_splits: of a data set that has several.
+    """
+
+    rows: datasets.Dataset
+    unread: str = ""
+    other_splits: Mapping[str, datasets.Dataset] = field(default_factory=dict)
+
+    @property
+    def passed_over(self) -> str:
+        """Return all that is not used, as a text; empty for nothing."""
+        splits = [f"the split {name} ({len(rows)} rows)" for name, rows in self.other_splits.items()]
+        return ", ".join([*splits, *([self.unread] if self.unread else [])])
