@@ -49,6 +49,7 @@ COLORS = {
     "subscore_bernoulli": "tab:purple",
     "erasediff": "tab:orange",
     "retrack": "tab:green",
+    "redirect": "tab:red",
 }
 
 REFERENCES = {"base": "X", "retrained": "*"}

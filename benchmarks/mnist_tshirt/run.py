@@ -115,7 +115,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def count_steps(flags: Setting, evaluations: int, pairs: int) -> int:
     """How many steps the budget pays for, the thresholds of calibrated forgetting included."""
-    if "--calibrate_forgetting" in flags:
+    if flags["--method"] == "redirect":
+        kinds = 1 if flags.get("--threshold_source") == "keep" else 2  # whose losses are measured
+        evaluations -= kinds * NUM_BINS * DRAWS_PER_BIN
+    elif "--calibrate_forgetting" in flags:
         evaluations -= NUM_BINS * DRAWS_PER_BIN
     rows = float(flags.get("--train_batch_size", pairs))
     if flags["--method"] in TWO_ROWS:

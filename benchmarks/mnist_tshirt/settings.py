@@ -7,7 +7,16 @@ one budget, of rows that the network runs on, so a method that noises both image
 Setting = dict[str, str]
 
 # The methods that are compared: those for which there are results. A new method may be added, and need not.
-COMPARED = ("naive_deletion", "neggrad", "siss", "siss_no_is", "subscore_bernoulli", "erasediff", "retrack")
+COMPARED = (
+    "naive_deletion",
+    "neggrad",
+    "siss",
+    "siss_no_is",
+    "subscore_bernoulli",
+    "erasediff",
+    "retrack",
+    "redirect",
+)
 
 ALL, MOST, HIGH = "0 1000", "200 1000", "300 1000"
 SWEEP_SIZE = 13
@@ -72,6 +81,8 @@ def calibrated(method: str) -> list[Setting]:
     ]
 
 
+# The defaults of the script: the rate is that for a network 32 channels wide.
+REDIRECT = setting("redirect", 8e-5)
 SWEEP: dict[str, list[Setting]] = {
     "naive_deletion": [
         *(setting("naive_deletion", rate) for rate in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
@@ -129,6 +140,16 @@ SWEEP: dict[str, list[Setting]] = {
         ),
         setting("retrack", 1e-4, method_args="lam=0.01 num_neighbors=10", forget_timestep_ranges=FORGET_HIGH),
     ],
+    "redirect": [
+        REDIRECT,
+        *(setting("redirect", rate) for rate in (4e-5, 1.6e-4, 3.2e-4)),
+        *(setting("redirect", rate, use_ema="") for rate in (8e-5, 1.6e-4, 3.2e-4)),
+        *(setting("redirect", rate, method_args="lam=0.25", use_ema="") for rate in (8e-5, 1.6e-4)),
+        setting("redirect", 3.2e-4, lr_scheduler="cosine"),
+        setting("redirect", 1.6e-4, threshold_source="strangers", use_ema=""),
+        setting("redirect", 1.6e-4, num_redirect_images="9500", use_ema=""),
+        setting("redirect", 1.6e-4, forget_timestep_ranges=HIGH_AND_LOW, use_ema=""),
+    ],
     "siss, calibrated": calibrated("siss"),
     "siss_no_is, calibrated": calibrated("siss_no_is"),
     "subscore_bernoulli, calibrated": calibrated("subscore_bernoulli"),
@@ -177,6 +198,10 @@ def describe(flags: Setting) -> str:
         turns = [f"{low}-{high}" for low, high in forget_ranges(flags)]
         between = ", then " if flags.get("--forget_timestep_schedule") == "sequential" else " / "
         words.append(f"forget {between.join(turns)}")
+    if "--threshold_source" in flags:
+        words.append(f"thresholds of {flags['--threshold_source']}")
+    if "--num_redirect_images" in flags:
+        words.append(f"{flags['--num_redirect_images']} images")
     if "--lr_scheduler" in flags:
         words.append(flags["--lr_scheduler"])
     if "--use_ema" in flags:
@@ -248,6 +273,7 @@ LONGER: dict[str, tuple[int, dict[str, list[Setting]]]] = {
                     for rate, lam in ((1e-4, 0.05), (2e-4, 0.01), (2e-4, 0.05))
                 ),
             ],
+            "redirect": [REDIRECT, setting("redirect", 8e-5, use_ema="")],
             "siss, calibrated": [changed(RECOMMENDED, CALIBRATED)],
         },
     ),
@@ -255,6 +281,7 @@ LONGER: dict[str, tuple[int, dict[str, list[Setting]]]] = {
         4,
         {
             "siss": [RECOMMENDED, RECOMMENDED | {"--lr_scheduler": "cosine"}],
+            "redirect": [REDIRECT],
             "retrack": [setting("retrack", 1e-4, **RETRACK, use_ema="")],
         },
     ),
@@ -277,4 +304,5 @@ TEN_TIMES: dict[str, Setting] = {
     "siss": RECOMMENDED,
     "siss, calibrated": changed(RECOMMENDED, CALIBRATED),
     "retrack": setting("retrack", 1e-4, **RETRACK, use_ema=""),
+    "redirect": REDIRECT,
 }

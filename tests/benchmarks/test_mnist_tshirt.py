@@ -93,6 +93,7 @@ class TestSettings:
         in_turns = two | {"--forget_timestep_ranges": settings.HIGH_AND_LOW}  # half of the timesteps, on average
         assert run.count_steps(in_turns, 9_600, 64) == 100
         assert run.count_steps(one | {"--calibrate_forgetting": "1"}, 9_600, 64) == 140
+        assert run.count_steps(settings.REDIRECT, 9_600, 64) == 130  # of two kinds of images
         assert run.count_steps(two | {"--train_batch_size": "128"}, 9_600, 64) == 37
         assert run.count_steps(settings.norm("siss", 5e-5, 5), 9_600, 64) == 100
 
