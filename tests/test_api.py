@@ -245,6 +245,24 @@ def test_marks_in_the_keep_set_are_not_passed_over_in_silence(digits, digits_fol
     assert "`forget` marks 2 rows to forget; `forget` takes its place" in caplog.text
 
 
+@pytest.mark.parametrize("which", ["forget", "keep"])
+def test_the_rows_that_a_data_set_shows_are_those_that_count(which, digits, digits_folder, tmp_path):
+    """Those of the table below it are more, and in another order."""
+    files = [str(digits_folder / f"digit_{index:02d}.png") for index in range(16)]
+    rows = datasets.Dataset.from_dict({"image": files, "forget": [index in (0, 4) for index in range(16)]})
+    rows = rows.cast_column("image", datasets.Image())
+    if which == "keep":
+        view, options = rows.select([15, 4, *range(6, 14), 0]), digits | {"forget": None}
+        assert view["forget"][:] == [False, True, *[False] * 8, True]
+    else:
+        view, options = rows.filter(lambda marked: marked, input_columns="forget").shuffle(seed=0), digits
+    for name, data in (("view", view), ("copy", datasets.Dataset.from_list(list(view), features=view.features))):
+        outcome = unlearn(ddpm(), **options | {which: data})
+        assert outcome.record["data"]["forget"] == 2
+        outcome.save(tmp_path / name)
+    assert_same_weights(tmp_path / "view", tmp_path / "copy", UNET)
+
+
 @pytest.mark.parametrize("given", ["forget", "pipeline"])
 def test_an_output_dir_is_no_folder_that_is_read(given, digits, garment_folder, tmp_path):
     model, forget = tmp_path / "model", tmp_path / "forget"

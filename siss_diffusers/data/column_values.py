@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from siss_diffusers.data.cells import cells_of, kind_of
 from siss_diffusers.errors import UsageError
 
 
@@ -40,7 +41,7 @@ def distinct_values(rows: datasets.Dataset, column: str, limit: int) -> list[Any
     """Return up to `limit` + 1 distinct values of a column, without null, and of classes without -1, which is none."""
     values: dict[Any, None] = {}
     is_class = isinstance(rows.features[column], datasets.ClassLabel)
-    for chunk in rows.data.column(column).chunks:
+    for chunk in cells_of(rows, column).chunks:
         for value in chunk.unique()[: limit + 2].to_pylist():
             is_missing = value is None or value != value  # a missing number is not a number to pandas
             if not is_missing and not (is_class and value < 0):
@@ -55,7 +56,7 @@ def marked_rows(rows: datasets.Dataset, column: str) -> list[int] | None:
 
     Yes and no may be booleans, the numbers 1 and 0, or words such as `true`, `yes`, `forget` and `keep`.
     """
-    cells, name_of = rows.data.column(column), value_names(rows, column)
+    cells, name_of = cells_of(rows, column), value_names(rows, column)
     if pa.types.is_boolean(cells.type):
         return rows_where(cells, lambda values: pc.fill_null(values, False)).tolist()
     distinct = distinct_values(rows, column, MAX_SPELLINGS)
@@ -68,7 +69,7 @@ def marked_rows(rows: datasets.Dataset, column: str) -> list[int] | None:
 
 def holds_numbers(rows: datasets.Dataset, column: str) -> bool:
     """Tell whether a column of yes and no, which is not of booleans, holds nothing but 0 and 1."""
-    if pa.types.is_boolean(rows.data.column(column).type):
+    if pa.types.is_boolean(kind_of(rows, column)):
         return False
     name_of = value_names(rows, column)
     return {spelled(name_of(value)) for value in distinct_values(rows, column, MAX_SPELLINGS)} <= NUMBERS
@@ -84,7 +85,7 @@ def rows_among(cells: pa.ChunkedArray, wanted: Sequence[Any]) -> list[int]:
 
 def describe_values(rows: datasets.Dataset, column: str) -> str:
     """Return the type of a column and an example of what it holds, for messages."""
-    kind, name_of = rows.data.column(column).type, value_names(rows, column)
+    kind, name_of = kind_of(rows, column), value_names(rows, column)
     if isinstance(rows.features[column], datasets.ClassLabel):
         kind = "classes"
     values = [
@@ -100,7 +101,7 @@ def rows_with_value(rows: datasets.Dataset, column: str, wanted: str) -> list[in
     Raises:
         UsageError: naming the column, its type and an example, where no row has it or where it could be misread.
     """
-    cells, feature = rows.data.column(column), rows.features[column]
+    cells, feature = cells_of(rows, column), rows.features[column]
     few = distinct_values(rows, column, MAX_SPELLINGS)
     is_yes_or_no = len(few) <= MAX_SPELLINGS and all(spelled(value) in YES | NO for value in few)
     side = next((side for side in (YES, NO - {""}) if spelled(wanted) in side), None)

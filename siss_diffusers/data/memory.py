@@ -10,6 +10,7 @@ import datasets
 import pyarrow.compute as pc
 from PIL import Image
 
+from siss_diffusers.data.cells import image_files
 from siss_diffusers.data.images import HOLDS_SEVERAL
 from siss_diffusers.data.sources import ImageRows, load_image_rows, undecoded
 from siss_diffusers.data.viewing import as_viewed
@@ -74,8 +75,8 @@ def refuse_missing_images(rows: ImageRows) -> None:
     Raises:
         UsageError: naming the first.
     """
-    cells = rows.rows.data.column(rows.column)
-    missing = pc.and_(*(pc.is_null(pc.struct_field(cells, part)) for part in ("bytes", "path")))
+    files = image_files(rows.rows, rows.column)
+    missing = pc.and_(pc.is_null(pc.struct_field(files, "path")), pc.struct_field(files, "in_file"))
     first = pc.index(missing, True).as_py()
     if first >= 0:
         raise UsageError(

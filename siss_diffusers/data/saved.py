@@ -8,6 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from siss_diffusers.data.cells import cells_of, kind_of
 from siss_diffusers.data.listing import holds_pictures, list_folder
 from siss_diffusers.data.loaded import LoadedRows
 from siss_diffusers.errors import UsageError, describe_error
@@ -125,10 +126,10 @@ def with_images(rows: datasets.Dataset, column: str, flag: str) -> datasets.Data
     feature = rows.features.get(column)
     if feature is None or isinstance(feature, datasets.Image):
         return rows
-    kind = rows.data.schema.field(column).type
+    kind = kind_of(rows, column)
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type):
         return rows.cast_column(column, datasets.Image(decode=False))
-    first = next((cell for chunk in rows.data.column(column).chunks for cell in pc.drop_null(chunk)[:1]), None)
+    first = next((cell for chunk in cells_of(rows, column).chunks for cell in pc.drop_null(chunk)[:1]), None)
     value = None if first is None else first.as_py()
     if isinstance(value, bytes) and holds_bytes(kind):
         if not value.startswith(MAGIC):

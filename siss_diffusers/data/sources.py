@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import yaml
 from datasets import load_dataset
 
+from siss_diffusers.data.cells import cells_of, image_files
 from siss_diffusers.data.column_values import marked_rows, rows_where
 from siss_diffusers.data.folders import check_metadata_names, load_folder
 from siss_diffusers.data.forget_set import columns_of_marks
@@ -111,7 +112,7 @@ def images_in_no_split(flag: str, name: str, splits: Mapping[str, datasets.Datas
     for rows in splits.values():
         for column, feature in rows.features.items():
             if isinstance(feature, datasets.Image):
-                paths = pc.struct_field(rows.data.column(column), "path")
+                paths = pc.struct_field(image_files(rows, column), "path")
                 images = images.filter(pc.invert(pc.is_in(images, paths)))
     unread = images.to_pylist()
     return f"{len(unread)} images that are in no split ({files.examples(unread)})" if unread else ""
@@ -151,8 +152,8 @@ def check_image_paths(rows: datasets.Dataset, column: str, flag: str, roots: Seq
     """
     roots = tuple({os.path.join(way(root), "") for root in roots for way in (os.path.abspath, os.path.realpath)})
     first = 0
-    for cells in rows.data.column(column).chunks:  # one at a time: a filter copies the paths
-        paths, in_file = pc.struct_field(cells, "path"), pc.is_null(pc.struct_field(cells, "bytes"))
+    for cells in image_files(rows, column).chunks:  # one at a time: a filter copies the paths
+        paths, in_file = (pc.struct_field(cells, part) for part in ("path", "in_file"))
         missing = pc.index(pc.and_(pc.is_null(paths), in_file), True).as_py()
         if missing >= 0:
             raise UsageError(
@@ -239,7 +240,7 @@ def refuse_rows_to_keep(images: ImageRows) -> None:
         UsageError: naming the first few.
     """
     for column in columns_of_marks(images.rows):
-        cells = images.rows.data.column(column)
+        cells = cells_of(images.rows, column)
         marked = None if pa.types.is_nested(cells.type) else marked_rows(images.rows, column)
         if marked is None:
             continue
