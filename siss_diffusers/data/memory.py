@@ -41,7 +41,8 @@ def rows_of(
     if isinstance(images, str | os.PathLike):
         rows = load_image_rows(name, str(images), "image", is_folder=True, every_file=every_file, cache_dir=cache_dir)
     elif isinstance(images, datasets.Dataset):
-        rows = undecoded(images, image_column_of(images, name), name, roots=None)
+        # A format may leave out columns, and a transform may make anything of a row.
+        rows = undecoded(images.with_format(None), image_column_of(images, name), name, roots=None)
         refuse_missing_images(rows)
     elif isinstance(images, Sequence):
         rows = rows_of_pictures(images, name, caption_column, every_file)

@@ -8,6 +8,7 @@ from siss_diffusers.data.captions import load_captions
 from siss_diffusers.data.cells import cells_of, image_files
 from siss_diffusers.data.column_values import describe_values, marked_rows, rows_with_value
 from siss_diffusers.data.forget_set import forget_rows_of
+from siss_diffusers.data.images import ImageTransform
 from siss_diffusers.data.memory import rows_of
 from siss_diffusers.data.saved import with_images
 from siss_diffusers.data.sources import check_image_paths, refuse_rows_to_keep
@@ -102,3 +103,12 @@ def test_the_bytes_that_are_shown_say_whether_a_column_holds_images():
     rows = datasets.Dataset.from_dict({"image": [b"no picture", b"\x89PNG of a kind"]})
     assert isinstance(with_images(rows.select([1, 1]), "image", "--x").features["image"], datasets.Image)
     assert "no image file" in refusal(with_images, rows.select([0, 1]), "image", "--x")
+
+
+@pytest.mark.parametrize(
+    "formatted",
+    [lambda rows: rows.with_format("torch", columns=["text"]), lambda rows: rows.with_transform(lambda batch: {})],
+)
+def test_a_format_hides_no_pictures(formatted, table):
+    images = rows_of(formatted(table), "keep", "text").images(ImageTransform(1, 8))
+    assert images.open(3).getpixel((1, 0)) == 3
