@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import datasets
@@ -22,6 +23,8 @@ NO = frozenset({"false", "f", "no", "n", "off", "0", "0.0", "keep", "retain", ""
 NUMBERS = frozenset({"0", "0.0", "1", "1.0"})
 # A column of yes and no has few spellings of them.
 MAX_SPELLINGS = 16
+# A number as JSON writes it. 007 is none, and may be the name of somebody.
+WRITTEN_NUMBER = r"^\s*-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,4})?\s*$"
 
 
 def spelled(value: Any) -> str:
@@ -160,11 +163,17 @@ def matching_words(words: Sequence[str], wanted: str) -> list[str]:
 
 
 def matching_texts(cells: pa.ChunkedArray, column: str, wanted: str) -> list[str]:
-    """Return the text of a column that is `wanted`: exactly, or but for case and white space around it.
+    """Return the texts of a column that are `wanted`: those of the same number, or that which is the same exactly, or but
+    for case and white space around it.
 
     Raises:
         UsageError: where several texts differ by that alone and none is the same exactly.
     """
+    numbers = matching_numbers(cells, wanted)
+    if numbers:
+        if len(numbers) > 1:
+            logger.warning(f"The column `{column}`: {', '.join(map(repr, numbers))} are one number, {wanted}")
+        return numbers
     key = pa.scalar(spelled(wanted), cells.type)
     alike: set[str] = set()
     for chunk in cells.chunks:
@@ -182,6 +191,19 @@ def matching_texts(cells: pa.ChunkedArray, column: str, wanted: str) -> list[str
             " exactly"
         )
     return spellings
+
+
+def matching_numbers(cells: pa.ChunkedArray, wanted: str) -> list[str]:
+    """Return the texts that are the number `wanted`, however they write it: a column of 1, 1.0 and 2.5 may hold texts, so
+    that captions stay as they are written."""
+    if not re.search(WRITTEN_NUMBER, wanted):
+        return []
+    number = Decimal(wanted.strip())
+    matching: set[str] = set()
+    for chunk in cells.chunks:
+        written = chunk.filter(pc.match_substring_regex(chunk, WRITTEN_NUMBER)).unique().to_pylist()
+        matching |= {text for text in written if Decimal(text.strip()) == number}
+    return sorted(matching)
 
 
 def matching_values(cells: pa.ChunkedArray, wanted: str) -> list[Any]:

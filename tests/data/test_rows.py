@@ -272,6 +272,22 @@ def test_a_file_to_forget_may_be_named_by_its_whole_path(tmp_path):
         forget_rows_of(rows, "image", ["c.heic"], train_data_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("texts", "value", "expected"),
+    [
+        *((["1", "1.0", "2.5"], "1", [0, 1]), (["1", "1.0", "2.5"], "1.00", [0, 1]), (["1", "1.0", "x"], "1", [0, 1])),
+        *((["1e1", "10", "0"], "10", [0, 1]), (["1", "1.0", "0"], "1", [0, 1]), (["-0", "0.0", "3"], "0", [0, 1])),
+        *((["7", "007", "7.0"], "7", [0, 2]), (["7", "007", "7.0"], "007", [1]), (["1e9999", "1", "2"], "1", [1])),
+        *(([" 4", "4", None], "4", [0, 1]), (["9007199254740993", "9007199254740992", "x"], "9007199254740992", [1])),
+    ],
+)
+def test_texts_that_are_one_number_are_one_value(texts, value, expected, caplog):
+    """As lines of JSON become where a column would write their numbers in another way."""
+    rows = make_rows(["a", "b", "c"]).add_column("score", texts)
+    assert forget_rows_of(rows, "image", forget_column="score", forget_value=value) == expected
+    assert ("are one number" in caplog.text) == (len(expected) > 1)
+
+
 def test_rows_to_forget_by_a_list_are_refused():
     rows = make_rows(["a"]).add_column("names", [["x"]])
     with pytest.raises(UsageError, match="--forget_column: 'names' holds lists"):
