@@ -27,6 +27,10 @@ MAX_SPELLINGS = 16
 WRITTEN_NUMBER = r"^\s*-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,4})?\s*$"
 
 
+class NoSuchValue(UsageError):
+    """No row has the value of --forget_value."""
+
+
 def spelled(value: Any) -> str:
     """Return a value as people write it, without regard to case and white space around it."""
     return str(value).strip().lower()
@@ -102,7 +106,8 @@ def rows_with_value(rows: datasets.Dataset, column: str, wanted: str) -> list[in
     """Return the rows whose value in a column is `wanted`, as people write it.
 
     Raises:
-        UsageError: naming the column, its type and an example, where no row has it or where it could be misread.
+        NoSuchValue: naming the column, its type and an example, where no row has it.
+        UsageError: where it could be misread.
     """
     cells, feature = cells_of(rows, column), rows.features[column]
     few = distinct_values(rows, column, MAX_SPELLINGS)
@@ -119,7 +124,7 @@ def rows_with_value(rows: datasets.Dataset, column: str, wanted: str) -> list[in
         matching = matching_values(cells, wanted)
     found = rows_among(cells, matching)
     if not found:
-        raise UsageError(
+        raise NoSuchValue(
             f"--forget_value: no row has {wanted!r} in the column `{column}`, which {describe_values(rows, column)}"
         )
     return found

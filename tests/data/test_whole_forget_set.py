@@ -6,14 +6,17 @@ import unicodedata
 
 import datasets
 import pytest
+from diffusers import DDPMPipeline
 from PIL import Image
 
+from siss_diffusers.api import unlearn
 from siss_diffusers.auditing import load_training_images
 from siss_diffusers.commands.audit import read_captions
 from siss_diffusers.data.captions import load_captions
 from siss_diffusers.data.images import ImageTransform
 from siss_diffusers.data.split import DataSource
 from tests.data.test_folders import forget_set, keep_set, names_of, picture, png_bytes, write, write_lines
+from tests.helpers.paths import TINY_MODEL
 from tests.helpers.untrusted import refusal
 
 
@@ -44,6 +47,11 @@ class TestSavedSets:
         datasets.DatasetDict(train=rows(True, False), test=rows(False)).save_to_disk(folder.parent / "e")
         given = DataSource(**{flag: str(folder.parent / "e")}).load()
         assert given.forget_indices == [0] and given.train.passed_over == "the split test (1 rows)"
+
+    def test_the_cure_for_python_is_one_that_it_takes(self, folder):
+        message = refusal(unlearn, DDPMPipeline.from_pretrained(TINY_MODEL), keep=str(folder))
+        assert message.startswith("keep: 2 rows to forget are in the split test")
+        assert message.endswith("or give their images as `forget`")
 
     def test_the_audit_names_the_other_splits(self, folder, capsys):
         assert read_captions(str(folder), "text", None) == ["text 0", "text 1"]
@@ -85,10 +93,22 @@ class TestSplitsOfFolders:
         write_lines(folder / "test", {"file_name": "c.png", "forget": True, "who": "anna"}, {"file_name": "d.png"})
         return folder
 
-    @pytest.mark.parametrize("chosen", [{}, {"forget_column": "who", "forget_value": "anna"}])
-    def test_rows_to_forget_in_another_split_are_refused(self, folder, chosen):
-        source = DataSource(dataset_name=str(folder), **chosen)
-        assert "1 rows to forget are in the split test" in refusal(source.load)
+    def test_rows_to_forget_in_another_split_are_refused(self, folder):
+        source = DataSource(dataset_name=str(folder))
+        assert "--dataset_name: 1 rows to forget are in the split test" in refusal(source.load)
+        assert len(DataSource(train_data_dir=str(folder)).load().forget_indices) == 2
+
+    def test_rows_of_a_value_in_another_split_are_warned_of_once(self, folder, caplog):
+        """A class has some in every test split."""
+        write(folder, "val/e.png", "val/f.png", "dev/g.png")
+        write_lines(folder / "val", {"file_name": "e.png", "who": "Anna"}, {"file_name": "f.png", "who": "anna "})
+        write_lines(folder / "dev", {"file_name": "g.png", "who": "ben"})
+        chosen = {"forget_column": "who", "forget_value": "anna"}
+        assert DataSource(dataset_name=str(folder), **chosen).load().forget_indices == [0]
+        (warning,) = [text for text in caplog.messages if "those of the split train are forgotten" in text]
+        assert warning.endswith("nothing is used of the others (1 in the split test)")
+        assert "'anna' may mean 'Anna' or 'anna ' in the column `who`; write it exactly (in the split val" in caplog.text
+        assert "dev" not in caplog.text and caplog.text.count("The column `forget` marks") == 1
         assert len(DataSource(train_data_dir=str(folder), **chosen).load().forget_indices) == 2
 
     def test_marks_there_that_are_neither_yes_nor_no_are_refused(self, folder):
