@@ -145,7 +145,8 @@ def given_rows(
             indices = forget_rows_of(train.rows, train.column, *selection)
         if indices is None:
             raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
-        check_other_splits(train, settings.forget_column, settings.forget_value)
+        if not settings.forget_files:
+            check_other_splits(train, settings.forget_column, settings.forget_value)
         return GivenRows(train, forget_indices=indices)
     to_forget = rows_of(forget, "forget", captions, prompts, settings.cache_dir, every_file=True)
     if keep is None and not family.has_prompts:

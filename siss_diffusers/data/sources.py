@@ -19,8 +19,16 @@ from siss_diffusers.data.column_values import marked_rows, rows_where
 from siss_diffusers.data.folders import check_metadata_names, load_folder
 from siss_diffusers.data.forget_set import columns_of_marks
 from siss_diffusers.data.images import Images, ImageTransform
-from siss_diffusers.data.listing import DATA_SUFFIXES, NUM_EXAMPLES, list_folder, require_folder, suffix_of
-from siss_diffusers.data.loaded import LoadedRows
+from siss_diffusers.data.listing import (
+    DATA_SUFFIXES,
+    NUM_EXAMPLES,
+    FolderFiles,
+    describe_passed_over,
+    list_folder,
+    require_folder,
+    suffix_of,
+)
+from siss_diffusers.data.loaded import LoadedRows, OtherSplit
 from siss_diffusers.data.saved import cure_of, is_saved, load_saved, with_images
 from siss_diffusers.errors import UsageError, describe_error
 
@@ -100,7 +108,13 @@ def load_rows(
     if "train" not in splits:
         raise UsageError(f"{flag}: {name} has no split train, only {', '.join(splits)}")
     unread = images_in_no_split(flag, name, splits)
-    return LoadedRows(splits.pop("train"), unread, splits)
+    rows = splits.pop("train")
+    return LoadedRows(rows, unread, {split: loaded_split(other) for split, other in splits.items()})
+
+
+def loaded_split(rows: datasets.Dataset) -> OtherSplit:
+    """Return rows of which nothing is used."""
+    return OtherSplit(lambda: rows, f"{len(rows)} rows")
 
 
 def images_in_no_split(flag: str, name: str, splits: Mapping[str, datasets.Dataset]) -> str:
@@ -139,9 +153,17 @@ def image_folder_of(flag: str, name: str, columns: Sequence[str]) -> LoadedRows 
     splits = {part for part in parts if part.lower() in SPLIT_NAMES}
     if splits != parts or len(parts) < 2 or "train" not in parts:
         return LoadedRows(*load_folder(flag, name, columns=columns, files=files))
-    loaded = {split: load_folder(flag, os.path.join(name, split), columns=columns) for split in sorted(splits)}
-    rows, passed_over = loaded.pop("train")
-    return LoadedRows(rows, passed_over, {split: other for split, (other, _) in loaded.items()})
+    rows, passed_over = load_folder(flag, os.path.join(name, "train"), columns=columns)
+    others = {split: unread_folder(flag, files, split, columns) for split in sorted(splits - {"train"})}
+    beside = describe_passed_over(files.beside("train"))
+    return LoadedRows(rows, ", ".join(filter(None, [passed_over, beside])), others)
+
+
+def unread_folder(flag: str, files: FolderFiles, split: str, columns: Sequence[str]) -> OtherSplit:
+    """Return a folder of which nothing is used; what is wrong in it does not matter unless it is looked at."""
+    folder = os.path.join(files.root, split)
+    count = sum(path.startswith(folder + os.sep) for path in files.images)
+    return OtherSplit(lambda: load_folder(flag, folder, columns=columns)[0], f"{count} images")
 
 
 def check_image_paths(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[str]) -> None:
@@ -187,7 +209,7 @@ class ImageRows:
     column: str
     flag: str
     passed_over: str = ""
-    other_splits: Mapping[str, datasets.Dataset] = field(default_factory=dict)
+    other_splits: Mapping[str, OtherSplit] = field(default_factory=dict)
 
     def images(self, transform: ImageTransform) -> Images:
         return Images(self.rows, self.column, transform, self.flag)

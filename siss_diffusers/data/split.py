@@ -88,7 +88,8 @@ class DataSource:
                 return GivenRows(train, forget)
         by_column = (self.forget_column, self.forget_value)
         indices = forget_rows_of(train.rows, train.column, self.forget_files, *by_column, self.train_data_dir)
-        check_other_splits(train, *by_column)
+        if not self.forget_files:
+            check_other_splits(train, *by_column)
         if indices is None:
             passed_over = f" (passed over in {train.flag}: {train.passed_over})" if train.passed_over else ""
             raise UsageError(
@@ -110,9 +111,10 @@ def check_other_splits(train: ImageRows, column: str | None, value: str | None) 
         UsageError: naming the split.
     """
     of_value = []
-    for split, rows in train.other_splits.items():
+    for split, other in train.other_splits.items():
         where = f"the split {split}, of which nothing is used"
         try:
+            rows = other.load()
             if column is not None:  # a column `forget` beside it says nothing here
                 rows = rows.select_columns([name for name in rows.features if name == column])
             found = forget_rows_of(rows, "", None, column, value) if rows.features else None
@@ -126,7 +128,9 @@ def check_other_splits(train: ImageRows, column: str | None, value: str | None) 
         if found and value is not None:
             of_value.append(f"{len(found)} in the split {split}")
         elif found:
-            cure = "give their images as `forget`" if train.flag == "keep" else "give their images by --forget_data_dir"
+            cure = (
+                "give their images as `forget`" if train.flag == "keep" else "give their images by --forget_data_dir"
+            )
             raise UsageError(
                 f"{train.flag}: {len(found)} rows to forget are in {where}; move them to the split train, or {cure}"
             )

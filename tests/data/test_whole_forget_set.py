@@ -77,9 +77,16 @@ class TestSavedSets:
         (tmp_path / "e" / "cache-1234.arrow").write_bytes(b"")
         assert len(forget_set(tmp_path / "e").rows) == 2
 
-    def test_a_split_that_is_missing(self, folder):
-        (folder / "test" / "state.json").unlink()
-        assert "a split is missing" in refusal(keep_set, folder)
+    @pytest.mark.parametrize("spoil", [lambda file: file.unlink(), lambda file: file.write_text("{")])
+    def test_a_split_that_is_missing_matters_where_it_may_say_what_to_forget(self, folder, spoil, tmp_path):
+        spoil(folder / "test" / "state.json")
+        assert keep_set(folder).passed_over == "the split test (which cannot be loaded)"
+        source = DataSource(train_data_dir=str(folder), forget_data_dir=str(write(tmp_path / "f", "a.png")))
+        assert len(source.load().train.rows) == 2
+        message = refusal(DataSource(dataset_name=str(folder)).load)
+        assert "state.json is missing or not what save_to_disk wrote" in message and "in the split test" in message
+        spoil(folder / "train" / "state.json")
+        assert "train/state.json is missing" in refusal(keep_set, folder)
 
     def test_the_audit_says_that_it_compares_with_files(self, folder):
         assert "is a data set of save_to_disk" in refusal(load_training_images, str(folder), 8)
@@ -107,9 +114,22 @@ class TestSplitsOfFolders:
         assert DataSource(dataset_name=str(folder), **chosen).load().forget_indices == [0]
         (warning,) = [text for text in caplog.messages if "those of the split train are forgotten" in text]
         assert warning.endswith("nothing is used of the others (1 in the split test)")
-        assert "'anna' may mean 'Anna' or 'anna ' in the column `who`; write it exactly (in the split val" in caplog.text
+        assert (
+            "'anna' may mean 'Anna' or 'anna ' in the column `who`; write it exactly (in the split val" in caplog.text
+        )
         assert "dev" not in caplog.text and caplog.text.count("The column `forget` marks") == 1
         assert len(DataSource(train_data_dir=str(folder), **chosen).load().forget_indices) == 2
+
+    @pytest.mark.parametrize("name", ["test/more.7z", "test/metadata.csv", "notes.txt", "test/metadata.jsonl"])
+    def test_what_is_wrong_elsewhere_stops_no_run_that_does_not_look_there(self, folder, name, tmp_path):
+        (folder / name).write_text("[")
+        rows = keep_set(folder, by_name=True)
+        assert len(rows.rows) == 2 and rows.passed_over.startswith("the split test (2 images)")
+        assert (name in rows.passed_over) == ("metadata" not in name)
+        source = DataSource(dataset_name=str(folder), forget_data_dir=str(write(tmp_path / "f", "a.png")))
+        assert len(source.load().train.rows) == 2
+        message = refusal(DataSource(dataset_name=str(folder)).load)
+        assert "in the split test" in message and ("notes" in name or name[5:] in message)
 
     def test_marks_there_that_are_neither_yes_nor_no_are_refused(self, folder):
         write_lines(folder / "test", {"file_name": "c.png", "forget": "anna"}, {"file_name": "d.png", "forget": "ben"})
