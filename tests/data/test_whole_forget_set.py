@@ -254,12 +254,15 @@ class TestMetadata:
         write_lines(folder, {"file_name": "https://example.org/a.png"})
         assert "which is an address, and nothing is downloaded from it" in refusal(keep_set, folder)
 
-    @pytest.mark.parametrize("name", ["x/y/z/metadata.json", "x/y/metadata.json"])
+    @pytest.mark.parametrize("name", ["x/y/z/metadata.json", "x/y/metadata.json", "x/metadata.json"])
     def test_misnamed_metadata_are_found_at_any_depth(self, name, tmp_path):
+        """Below a training set they may be those of photo albums, and are named."""
         folder = write(tmp_path / "f", "x/y/z/a.png")
         (folder / name).write_text("[]")
-        for load in (forget_set, keep_set, lambda folder: keep_set(folder, by_name=True)):
-            assert "is not read under this name" in refusal(load, folder)
+        assert "is not read under this name" in refusal(forget_set, folder)
+        for by_name in (False, True):
+            rows = keep_set(folder, by_name)
+            assert len(rows.rows) == 1 and f"(1 .json: {name})" in rows.passed_over
 
     @pytest.mark.parametrize("name", ["_metadata.jsonl", "metadata.jsonl.bak", "labels.csv"])
     def test_a_file_that_may_say_what_to_forget_is_named(self, name, tmp_path):
