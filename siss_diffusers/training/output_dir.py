@@ -38,7 +38,7 @@ def check_output_dir(settings: Settings, given: Mapping[str, str] | None = None)
     read = {f"--{name}": getattr(settings, name) for name in FOLDERS_READ}
     refuse_folders_given("--output_dir", output_dir, {**read, **(given or {})})
     if settings.report_to != "none":
-        check_logging_dir(output_dir / settings.logging_dir)
+        check_logging_dir(output_dir / settings.logging_dir, output_dir)
     if settings.resume_from_checkpoint is None and not settings.overwrite_output_dir:
         if output_dir.is_dir() and any(output_dir.iterdir()):
             raise UsageError(
@@ -47,13 +47,15 @@ def check_output_dir(settings: Settings, given: Mapping[str, str] | None = None)
             )
 
 
-def check_logging_dir(folder: Path) -> None:
+def check_logging_dir(folder: Path, output_dir: Path) -> None:
     """Check that the folder of the tracker can be made: that it cannot must not show after data and model are read.
 
     Raises:
         UsageError: naming what is in its place.
     """
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if folder.is_relative_to(output_dir) and output_dir.is_relative_to(there):
+        return  # the output directory itself is still to be made, which says so where it fails
     if not there.is_dir():
         raise UsageError(f"--logging_dir: {there} is a file; name another folder, or remove it")
     if not os.access(there, os.W_OK | os.X_OK):
