@@ -362,3 +362,25 @@ def test_the_cause_that_a_file_to_forget_is_not_read(name, cause, tmp_path):
     rows = make_rows([str(tmp_path / "a.png")])
     with pytest.raises(UsageError, match=f"--forget_files: {name} .*{cause.partition(' ')[2]}"):
         forget_rows_of(rows, "image", [name], train_data_dir=str(tmp_path))
+
+
+def test_the_cause_that_a_file_outside_is_not_found(tmp_path):
+    """It is in no folder that the training set has, whatever its name."""
+    (tmp_path / "train" / "sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("other/x.png", "other/.h.png"):
+        (tmp_path / name).write_bytes(b"")
+    rows = make_rows([str(tmp_path / "train/a.png")])
+    for name in (str(tmp_path / "other/x.png"), "../other/x.png", "../other/.h.png", "../other", "/"):
+        with pytest.raises(UsageError, match=f"--forget_files: {name} is not in --train_data_dir; name a file in it, or"):
+            forget_rows_of(rows, "image", [name], train_data_dir=str(tmp_path / "train"))
+    with pytest.raises(UsageError, match="is a folder"):
+        forget_rows_of(rows, "image", [str(tmp_path / "train")], train_data_dir=str(tmp_path / "train"))
+
+
+def test_a_path_through_a_link_to_a_folder_below_is_found(tmp_path):
+    rows = make_rows([str(tmp_path / "train/sub/a.png"), str(tmp_path / "train/b.png")])
+    (tmp_path / "train" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "train" / "sub")
+    names = [str(tmp_path / "link" / "a.png")]
+    assert forget_rows_of(rows, "image", names, train_data_dir=str(tmp_path / "train")) == [0]
