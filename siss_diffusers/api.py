@@ -82,7 +82,7 @@ def unlearn(
     chosen = with_family_defaults(chosen, family, source)
     temporary = None if "output_dir" in settings else TemporaryDirectory(prefix="siss-")
     if temporary is None:
-        named = {"forget": forget, "pipeline": pipeline.config.get("_name_or_path")}
+        named = {"forget": forget, "keep": keep, "pipeline": pipeline.config.get("_name_or_path")}
         check_output_dir(
             chosen, {name: at_home(value) for name, value in named.items() if isinstance(value, str | Path)}
         )

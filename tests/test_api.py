@@ -263,15 +263,17 @@ def test_the_rows_that_a_data_set_shows_are_those_that_count(which, digits, digi
     assert_same_weights(tmp_path / "view", tmp_path / "copy", UNET)
 
 
-@pytest.mark.parametrize("given", ["forget", "pipeline"])
+@pytest.mark.parametrize("given", ["forget", "keep", "pipeline"])
 def test_an_output_dir_is_no_folder_that_is_read(given, digits, garment_folder, tmp_path):
-    model, forget = tmp_path / "model", tmp_path / "forget"
+    model, forget, keep = tmp_path / "model", tmp_path / "forget", tmp_path / "keep"
     ddpm().save_pretrained(model)
     shutil.copytree(garment_folder, forget)
+    shutil.copytree(digits["keep"], keep)
     before = sorted(tmp_path.rglob("*"))
-    options = {"output_dir": str(model if given == "pipeline" else forget), "overwrite_output_dir": True}
+    folder = {"forget": forget, "keep": keep, "pipeline": model}[given]
+    options = {"forget": forget, "keep": keep, "output_dir": str(folder), "overwrite_output_dir": True}
     with pytest.raises(UsageError, match=f"--output_dir must not be, or contain, {given}"):
-        unlearn(DDPMPipeline.from_pretrained(model), **digits | {"forget": forget} | options)
+        unlearn(DDPMPipeline.from_pretrained(model), **digits | options)
     assert sorted(tmp_path.rglob("*")) == before
 
 
