@@ -91,15 +91,20 @@ def rows_among(cells: pa.ChunkedArray, wanted: Sequence[Any]) -> list[int]:
 
 
 def describe_values(rows: datasets.Dataset, column: str) -> str:
-    """Return the type of a column and an example of what it holds, for messages."""
+    """Return the type of a column and examples of what it holds, for messages: yes and no, numbers, and names of classes.
+    Other values are counted, for they may be captions, and those of memorized images."""
     kind, name_of = kind_of(rows, column), value_names(rows, column)
-    if isinstance(rows.features[column], datasets.ClassLabel):
-        kind = "classes"
-    values = [
-        repr(name_of(value)) if isinstance(value, str) else name_of(value)
-        for value in distinct_values(rows, column, 3)
-    ]
-    return f"is of type {kind} and holds {', '.join(values[:3])}" if values else f"is of type {kind} and holds nothing"
+    is_class = isinstance(rows.features[column], datasets.ClassLabel)
+    values = distinct_values(rows, column, 3)[:3]
+    texts = [value for value in values if isinstance(value, str)]
+    shown = [repr(text) for text in texts if spelled(text) in YES | NO or re.search(WRITTEN_NUMBER, text)]
+    if is_class or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        shown = [str(name_of(value)) for value in values]
+    described = f"is of type {'classes' if is_class else kind} and holds "
+    if len(shown) == len(values):
+        return described + (", ".join(shown) or "nothing")
+    count = pc.count_distinct(cells_of(rows, column), mode="only_valid").as_py()
+    return described + f"{count} distinct values" + (f", such as {', '.join(shown)}" if shown else "")
 
 
 def rows_with_value(rows: datasets.Dataset, column: str, wanted: str) -> list[int]:
@@ -188,7 +193,10 @@ def matching_texts(cells: pa.ChunkedArray, column: str, wanted: str) -> list[str
     if wanted in alike:
         others = [text for text in spellings if text != wanted]
         if others:
-            logger.warning(f"The column `{column}` also holds {', '.join(map(repr, others))}, which is not forgotten")
+            logger.warning(
+                f"The column `{column}` also holds {len(others)} texts that differ from --forget_value in case or white space"
+                " alone, which are not forgotten"
+            )
         return [wanted]
     if len(spellings) > 1:
         raise UsageError(
