@@ -257,6 +257,8 @@ def unlisted_images(files: FolderFiles, listed: pa.ChunkedArray) -> list[str]:
         return []
     elsewhere = listed.filter(pc.invert(pc.is_in(listed, pa.array(files.images, pa.string())))).drop_null().to_pylist()
     behind_links = {os.path.realpath(path) for path in elsewhere}
+    if not behind_links:  # or the path of every mask would be looked up
+        return unlisted
     return [path for path in unlisted if os.path.realpath(path) not in behind_links]
 
 
@@ -284,15 +286,15 @@ def path_of(flag: str, file: str, entry: str, names: NamesOnDisk, column: str) -
         )
     relative = os.path.normpath(entry if os.path.isabs(entry) else entry.replace("\\", "/"))
     if os.path.isabs(relative):
-        relative = below(relative, folder)
+        relative = below(relative, folder, names)
     if relative.split("/")[0] == "..":
         raise UsageError(f"{where}, which lies outside of its folder; name files in {folder}")
     return names.on_disk(os.path.join(folder, relative))
 
 
-def below(path: str, folder: str) -> str:
+def below(path: str, folder: str, names: NamesOnDisk) -> str:
     """Return an absolute path as one from a folder, also where it has the name of the folder through a link."""
     relative = os.path.relpath(path, folder)
     if relative.split("/")[0] != "..":
         return relative
-    return os.path.join(os.path.relpath(os.path.realpath(os.path.dirname(path)), folder), os.path.basename(path))
+    return os.path.join(os.path.relpath(names.real_folder(os.path.dirname(path)), folder), os.path.basename(path))
