@@ -101,16 +101,17 @@ def rows_of_pictures(
         picture, caption = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
         if not isinstance(picture, Image.Image) or not isinstance(caption, str | None):
             raise UsageError(f"{name}[{index}] is neither a PIL image nor an (image, prompt) pair")
-        if every_picture and picture.format in HOLDS_SEVERAL and picture.n_frames > 1:
-            raise UsageError(
-                f"{name}[{index}] holds {picture.n_frames} pictures, of which only one would be used; give a copy of each"
-            )
         try:
+            count = picture.n_frames if every_picture and picture.format in HOLDS_SEVERAL else 1
             cells.append({"bytes": encoded(picture), "path": None})
         except Exception as error:  # Pillow decodes a picture of a file here, and does not say how it fails
             raise UsageError(
                 f"{name}[{index}] cannot be read ({describe_error(error)}); repair or remove it"
             ) from error
+        if count > 1:
+            raise UsageError(
+                f"{name}[{index}] holds {count} pictures, of which only one would be used; give a copy of each"
+            )
         captions.append(caption)
     columns, features = {"image": cells}, {"image": datasets.Image(decode=False)}
     if caption_column is not None and any(caption is not None for caption in captions):

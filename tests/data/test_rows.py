@@ -390,7 +390,9 @@ def test_the_cause_that_a_file_outside_is_not_found(tmp_path):
         (tmp_path / name).write_bytes(b"")
     rows = make_rows([str(tmp_path / "train/a.png")])
     for name in (str(tmp_path / "other/x.png"), "../other/x.png", "../other/.h.png", "../other", "/"):
-        with pytest.raises(UsageError, match=f"--forget_files: {name} is not in --train_data_dir; name a file in it, or"):
+        with pytest.raises(
+            UsageError, match=f"--forget_files: {name} is not in --train_data_dir; name a file in it, or"
+        ):
             forget_rows_of(rows, "image", [name], train_data_dir=str(tmp_path / "train"))
     with pytest.raises(UsageError, match="is a folder"):
         forget_rows_of(rows, "image", [str(tmp_path / "train")], train_data_dir=str(tmp_path / "train"))

@@ -116,7 +116,8 @@ def test_metadata_of_another_name_is_refused(tmp_path, name):
     (folder / name).with_name("0.png").write_bytes(png(0))
     (folder / name).write_text(json.dumps([{"file_name": "0.png", "text": "a"}]))
     with pytest.raises(
-        UsageError, match="--data: .*etadata.* is not read under this name; .* call the file metadata.jsonl, or remove it"
+        UsageError,
+        match="--data: .*etadata.* is not read under this name; .* call the file metadata.jsonl, or remove it",
     ):
         load(folder, tmp_path, is_folder=True)
 

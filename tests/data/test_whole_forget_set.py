@@ -14,7 +14,9 @@ from siss_diffusers.auditing import load_training_images
 from siss_diffusers.commands.audit import read_captions
 from siss_diffusers.data.captions import load_captions
 from siss_diffusers.data.images import ImageTransform
+from siss_diffusers.data.memory import rows_of
 from siss_diffusers.data.split import DataSource
+from siss_diffusers.errors import UsageError
 from tests.data.test_folders import forget_set, keep_set, names_of, picture, png_bytes, write, write_lines
 from tests.helpers.paths import TINY_MODEL
 from tests.helpers.untrusted import refusal
@@ -318,4 +320,31 @@ def test_the_audit_says_of_which_files_it_sees_one_picture(tmp_path):
     assert (
         "all but the first picture of 1 files that hold several (b.gif)"
         in load_training_images(str(folder), 8).passed_over
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("suffix", ["gif", "tiff"])
+def test_the_audit_refuses_a_damaged_second_picture_in_a_sentence(suffix, tmp_path):
+    """Wherever the file ends."""
+    file = tmp_path / f"a.{suffix}"
+    picture(5, "L").save(file, save_all=True, append_images=[picture(6, "L"), picture(7, "L")])
+    content = file.read_bytes()
+    refused = 0
+    for length in range(len(content) // 3, len(content)):
+        file.write_bytes(content[:length])
+        try:
+            load_training_images(str(tmp_path), 8)
+        except UsageError as error:
+            assert f"cannot read {file} (" in str(error)
+            refused += 1
+    assert 0 < refused
+
+
+def test_a_picture_whose_file_was_closed_is_refused(tmp_path):
+    picture(5).save(tmp_path / "a.gif", save_all=True, append_images=[picture(6)])
+    closed = Image.open(tmp_path / "a.gif")
+    closed.close()
+    assert "forget[0] cannot be read (Operation on closed image)" in refusal(
+        rows_of, [closed], "forget", every_file=True
     )

@@ -84,7 +84,9 @@ def test_every_file_but_the_network_comes_back(checked, full_args, tmp_path, cap
     caplog.set_level("INFO")
     train_siss_sd.main(to_argv(full_args | {"--pretrained_model_name_or_path": str(checked)}))
     before, after = digests(checked), digests(tmp_path / "out")
-    assert before.keys() - LEFT_BEHIND == after.keys() - OF_THE_RUN and TEXTS | {"LICENSE", "LICENSE.md"} <= after.keys()
+    assert (
+        before.keys() - LEFT_BEHIND == after.keys() - OF_THE_RUN and TEXTS | {"LICENSE", "LICENSE.md"} <= after.keys()
+    )
     changed = {name for name in before.keys() - LEFT_BEHIND if before[name] != after[name]}
     assert changed == {NETWORK}
     assert all(before[name] != after[name] for name in OF_THE_RUN & before.keys())
