@@ -263,6 +263,16 @@ def test_the_rows_that_a_data_set_shows_are_those_that_count(which, digits, digi
     assert_same_weights(tmp_path / "view", tmp_path / "copy", UNET)
 
 
+def test_rows_to_forget_that_are_marked_as_to_be_kept_are_refused(digits, digits_folder):
+    """Of the data set that is shown, as of a folder."""
+    files = [str(digits_folder / f"digit_0{index}.png") for index in range(4)]
+    rows = datasets.Dataset.from_dict({"image": files, "forget": [True, False, None, False]})
+    rows = rows.cast_column("image", datasets.Image())
+    with pytest.raises(UsageError, match=r"forget: its column `forget` says no of 1 images \(digit_03.png\), and all"):
+        unlearn(ddpm(), **digits | {"forget": rows.select([3, 0])})
+    assert unlearn(ddpm(), **digits | {"forget": rows.select([2, 0])}).record["data"]["forget"] == 2
+
+
 @pytest.mark.parametrize("given", ["forget", "keep", "pipeline"])
 def test_an_output_dir_is_no_folder_that_is_read(given, digits, garment_folder, tmp_path):
     model, forget, keep = tmp_path / "model", tmp_path / "forget", tmp_path / "keep"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from siss_diffusers.data.cells import image_files
 from siss_diffusers.data.images import HOLDS_SEVERAL
-from siss_diffusers.data.sources import ImageRows, load_image_rows, undecoded
+from siss_diffusers.data.sources import ImageRows, load_image_rows, refuse_rows_to_keep, undecoded
 from siss_diffusers.data.viewing import as_viewed
 from siss_diffusers.errors import UsageError, describe_error
 
@@ -32,8 +32,8 @@ def rows_of(
         name: of the argument, for messages.
         caption_column: the column of the prompts; None for unconditional models.
         prompts: one prompt for all images, or one for each; they take the place of those in the data.
-        every_file: refuse a file of a folder, or a picture of a file of several, that would not be used, as for images to
-            forget.
+        every_file: refuse a file of a folder, or a picture of a file of several, that would not be used, and rows that a
+            column `forget` says no of, as for images to forget.
 
     Raises:
         UsageError: for anything else, or a number of prompts that is not that of the images.
@@ -44,6 +44,8 @@ def rows_of(
         # A format may leave out columns, and a transform may make anything of a row.
         rows = undecoded(images.with_format(None), image_column_of(images, name), name, roots=None)
         refuse_missing_images(rows)
+        if every_file:
+            refuse_rows_to_keep(rows)
     elif isinstance(images, Sequence):
         rows = rows_of_pictures(images, name, caption_column, every_file)
     else:

@@ -272,8 +272,8 @@ def refuse_rows_to_keep(images: ImageRows) -> None:
             paths = (images.rows[row][images.column]["path"] for row in kept[:NUM_EXAMPLES])
             names = ", ".join(os.path.basename(path) if path else f"row {row}" for row, path in zip(kept, paths))
             raise UsageError(
-                f"{images.flag}: its metadata say {column}: false for {len(kept)} images ({names}), and all that is there"
-                " would be forgotten; take them out of the folder, or drop the column"
+                f"{images.flag}: its column `{column}` says no of {len(kept)} images ({names}), and all that is there would be"
+                " forgotten; take them out, or drop the column"
             )
 
 

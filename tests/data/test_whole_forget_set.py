@@ -209,7 +209,7 @@ class TestMetadata:
         folder = write(tmp_path / "f", "a.png", "b.png", "c.png")
         lines = [{"file_name": "a.png", "forget": True}, {"file_name": "b.png"}]
         write_lines(folder, *lines, {"file_name": "c.png", "forget": False})
-        assert "its metadata say forget: false for 1 images (c.png)" in refusal(forget_set, folder)
+        assert "its column `forget` says no of 1 images (c.png)" in refusal(forget_set, folder)
         write_lines(folder, *lines, {"file_name": "c.png", "forget": "yes"})
         assert len(forget_set(folder).rows) == 3
 
