@@ -16,7 +16,7 @@ from siss_diffusers.data.forget_set import forget_rows_of, warn_of_marks
 from siss_diffusers.data.images import ImageTransform
 from siss_diffusers.data.memory import rows_of
 from siss_diffusers.data.sources import ImageRows
-from siss_diffusers.data.split import GivenRows, refuse_forget_rows
+from siss_diffusers.data.split import GivenRows, check_other_splits
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families import Family, LoadedPipeline, Sampling, find_family
 from siss_diffusers.outcome import Outcome
@@ -82,7 +82,7 @@ def unlearn(
     chosen = with_family_defaults(chosen, family, source)
     temporary = None if "output_dir" in settings else TemporaryDirectory(prefix="siss-")
     if temporary is None:
-        named = {"forget": forget, "pipeline": pipeline.config.get("_name_or_path")}
+        named = {"forget": forget, "keep": keep, "pipeline": pipeline.config.get("_name_or_path")}
         check_output_dir(
             chosen, {name: at_home(value) for name, value in named.items() if isinstance(value, str | Path)}
         )
@@ -145,8 +145,8 @@ def given_rows(
             indices = forget_rows_of(train.rows, train.column, *selection)
         if indices is None:
             raise UsageError("nothing to forget: give `forget`, or a `keep` set with a boolean column `forget`")
-        for name, rows in train.other_splits.items():
-            refuse_forget_rows(rows, name, settings.forget_column, settings.forget_value)
+        if not settings.forget_files:
+            check_other_splits(train, settings.forget_column, settings.forget_value)
         return GivenRows(train, forget_indices=indices)
     to_forget = rows_of(forget, "forget", captions, prompts, settings.cache_dir, every_file=True)
     if keep is None and not family.has_prompts:

@@ -66,15 +66,16 @@ def load_training_images(folder: str, resolution: int, flag: str = "--train_data
             f"{flag}: no images in {folder}" + (f", only {inside}{cure_of_data('', files)}" if inside else "")
         )
     transform = ImageTransform(channels=3, resolution=resolution, center_crop=True, random_flip=False)
-    pictures = []
+    pictures, several = [], []
     for file in files.images:
         try:
             pictures.append(for_detectors(transform(read_image(file))[None] / 2 + 0.5)[0])
-        except ValueError as error:
+            if count_pictures(file) > 1:
+                several.append(file)
+        except Exception as error:  # Pillow does not say how it fails where the second picture is damaged
             raise UsageError(f"{flag}: cannot read {file} ({describe_error(error)}); repair or remove it")
     names = [Path(file).relative_to(files.root).as_posix() for file in files.images]
     passed_over = [describe_passed_over(files)]
-    several = [file for file in files.images if count_pictures(file) > 1]
     if several:
         passed_over.append(
             f"all but the first picture of {len(several)} files that hold several ({files.examples(several)})"

@@ -245,15 +245,45 @@ def test_marks_in_the_keep_set_are_not_passed_over_in_silence(digits, digits_fol
     assert "`forget` marks 2 rows to forget; `forget` takes its place" in caplog.text
 
 
-@pytest.mark.parametrize("given", ["forget", "pipeline"])
+@pytest.mark.parametrize("which", ["forget", "keep"])
+def test_the_rows_that_a_data_set_shows_are_those_that_count(which, digits, digits_folder, tmp_path):
+    """Those of the table below it are more, and in another order."""
+    files = [str(digits_folder / f"digit_{index:02d}.png") for index in range(16)]
+    rows = datasets.Dataset.from_dict({"image": files, "forget": [index in (0, 4) for index in range(16)]})
+    rows = rows.cast_column("image", datasets.Image())
+    if which == "keep":
+        view, options = rows.select([15, 4, *range(6, 14), 0]), digits | {"forget": None}
+        assert view["forget"][:] == [False, True, *[False] * 8, True]
+    else:
+        view, options = rows.filter(lambda marked: marked, input_columns="forget").shuffle(seed=0), digits
+    for name, data in (("view", view), ("copy", datasets.Dataset.from_list(list(view), features=view.features))):
+        outcome = unlearn(ddpm(), **options | {which: data})
+        assert outcome.record["data"]["forget"] == 2
+        outcome.save(tmp_path / name)
+    assert_same_weights(tmp_path / "view", tmp_path / "copy", UNET)
+
+
+def test_rows_to_forget_that_are_marked_as_to_be_kept_are_refused(digits, digits_folder):
+    """Of the data set that is shown, as of a folder."""
+    files = [str(digits_folder / f"digit_0{index}.png") for index in range(4)]
+    rows = datasets.Dataset.from_dict({"image": files, "forget": [True, False, None, False]})
+    rows = rows.cast_column("image", datasets.Image())
+    with pytest.raises(UsageError, match=r"forget: its column `forget` says no of 1 images \(digit_03.png\), and all"):
+        unlearn(ddpm(), **digits | {"forget": rows.select([3, 0])})
+    assert unlearn(ddpm(), **digits | {"forget": rows.select([2, 0])}).record["data"]["forget"] == 2
+
+
+@pytest.mark.parametrize("given", ["forget", "keep", "pipeline"])
 def test_an_output_dir_is_no_folder_that_is_read(given, digits, garment_folder, tmp_path):
-    model, forget = tmp_path / "model", tmp_path / "forget"
+    model, forget, keep = tmp_path / "model", tmp_path / "forget", tmp_path / "keep"
     ddpm().save_pretrained(model)
     shutil.copytree(garment_folder, forget)
+    shutil.copytree(digits["keep"], keep)
     before = sorted(tmp_path.rglob("*"))
-    options = {"output_dir": str(model if given == "pipeline" else forget), "overwrite_output_dir": True}
+    folder = {"forget": forget, "keep": keep, "pipeline": model}[given]
+    options = {"forget": forget, "keep": keep, "output_dir": str(folder), "overwrite_output_dir": True}
     with pytest.raises(UsageError, match=f"--output_dir must not be, or contain, {given}"):
-        unlearn(DDPMPipeline.from_pretrained(model), **digits | {"forget": forget} | options)
+        unlearn(DDPMPipeline.from_pretrained(model), **digits | options)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -102,3 +102,9 @@ def test_attributes_are_not_guessed():
         path for path in PACKAGE.rglob("*.py") if room_of(path) in ("methods", "data", "training", "unlearning")
     ]:
         assert "hasattr(" not in path.read_text(), path
+
+
+def test_columns_are_read_in_one_place():
+    """Of a data set that `select` or `shuffle` made, `rows.data` is the table below it, with other rows."""
+    readers = [path.name for path in PACKAGE.rglob("*.py") if ".data.column(" in path.read_text()]
+    assert readers == ["cells.py"]

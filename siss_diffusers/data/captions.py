@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from siss_diffusers.data.cells import kind_of
 from siss_diffusers.data.column_values import rows_where
 from siss_diffusers.data.images import Images
 from siss_diffusers.errors import UsageError
@@ -26,7 +27,7 @@ def load_captions(images: Images, column: str, rows: np.ndarray | None = None) -
             f"{images.flag} has no captions: there is no column {column!r}, only {', '.join(images.rows.features)};"
             ' add lines {"file_name": ..., "text": ...} in a metadata.jsonl, or name the column by --caption_column'
         )
-    kind = images.rows.data.column(column).type
+    kind = kind_of(images.rows, column)
     if pa.types.is_struct(kind):
         raise UsageError(
             f"{images.flag}: --caption_column {column!r} holds objects ({', '.join(field.name for field in kind)}) and no"

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import datasets
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from siss_diffusers.data.cells import cells_of, kind_of
 from siss_diffusers.errors import UsageError
 
 
@@ -21,6 +23,12 @@ NO = frozenset({"false", "f", "no", "n", "off", "0", "0.0", "keep", "retain", ""
 NUMBERS = frozenset({"0", "0.0", "1", "1.0"})
 # A column of yes and no has few spellings of them.
 MAX_SPELLINGS = 16
+# A number as JSON writes it. 007 is none, and may be the name of somebody.
+WRITTEN_NUMBER = r"^\s*-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,4})?\s*$"
+
+
+class NoSuchValue(UsageError):
+    """No row has the value of --forget_value."""
 
 
 def spelled(value: Any) -> str:
@@ -40,7 +48,7 @@ def distinct_values(rows: datasets.Dataset, column: str, limit: int) -> list[Any
     """Return up to `limit` + 1 distinct values of a column, without null, and of classes without -1, which is none."""
     values: dict[Any, None] = {}
     is_class = isinstance(rows.features[column], datasets.ClassLabel)
-    for chunk in rows.data.column(column).chunks:
+    for chunk in cells_of(rows, column).chunks:
         for value in chunk.unique()[: limit + 2].to_pylist():
             is_missing = value is None or value != value  # a missing number is not a number to pandas
             if not is_missing and not (is_class and value < 0):
@@ -55,7 +63,7 @@ def marked_rows(rows: datasets.Dataset, column: str) -> list[int] | None:
 
     Yes and no may be booleans, the numbers 1 and 0, or words such as `true`, `yes`, `forget` and `keep`.
     """
-    cells, name_of = rows.data.column(column), value_names(rows, column)
+    cells, name_of = cells_of(rows, column), value_names(rows, column)
     if pa.types.is_boolean(cells.type):
         return rows_where(cells, lambda values: pc.fill_null(values, False)).tolist()
     distinct = distinct_values(rows, column, MAX_SPELLINGS)
@@ -68,7 +76,7 @@ def marked_rows(rows: datasets.Dataset, column: str) -> list[int] | None:
 
 def holds_numbers(rows: datasets.Dataset, column: str) -> bool:
     """Tell whether a column of yes and no, which is not of booleans, holds nothing but 0 and 1."""
-    if pa.types.is_boolean(rows.data.column(column).type):
+    if pa.types.is_boolean(kind_of(rows, column)):
         return False
     name_of = value_names(rows, column)
     return {spelled(name_of(value)) for value in distinct_values(rows, column, MAX_SPELLINGS)} <= NUMBERS
@@ -83,24 +91,30 @@ def rows_among(cells: pa.ChunkedArray, wanted: Sequence[Any]) -> list[int]:
 
 
 def describe_values(rows: datasets.Dataset, column: str) -> str:
-    """Return the type of a column and an example of what it holds, for messages."""
-    kind, name_of = rows.data.column(column).type, value_names(rows, column)
-    if isinstance(rows.features[column], datasets.ClassLabel):
-        kind = "classes"
-    values = [
-        repr(name_of(value)) if isinstance(value, str) else name_of(value)
-        for value in distinct_values(rows, column, 3)
-    ]
-    return f"is of type {kind} and holds {', '.join(values[:3])}" if values else f"is of type {kind} and holds nothing"
+    """Return the type of a column and examples of what it holds, for messages: yes and no, numbers, and names of classes.
+    Other values are counted, for they may be captions, and those of memorized images."""
+    kind, name_of = kind_of(rows, column), value_names(rows, column)
+    is_class = isinstance(rows.features[column], datasets.ClassLabel)
+    values = distinct_values(rows, column, 3)[:3]
+    texts = [value for value in values if isinstance(value, str)]
+    shown = [repr(text) for text in texts if spelled(text) in YES | NO or re.search(WRITTEN_NUMBER, text)]
+    if is_class or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        shown = [str(name_of(value)) for value in values]
+    described = f"is of type {'classes' if is_class else kind} and holds "
+    if len(shown) == len(values):
+        return described + (", ".join(shown) or "nothing")
+    count = pc.count_distinct(cells_of(rows, column), mode="only_valid").as_py()
+    return described + f"{count} distinct values" + (f", such as {', '.join(shown)}" if shown else "")
 
 
 def rows_with_value(rows: datasets.Dataset, column: str, wanted: str) -> list[int]:
     """Return the rows whose value in a column is `wanted`, as people write it.
 
     Raises:
-        UsageError: naming the column, its type and an example, where no row has it or where it could be misread.
+        NoSuchValue: naming the column, its type and an example, where no row has it.
+        UsageError: where it could be misread.
     """
-    cells, feature = rows.data.column(column), rows.features[column]
+    cells, feature = cells_of(rows, column), rows.features[column]
     few = distinct_values(rows, column, MAX_SPELLINGS)
     is_yes_or_no = len(few) <= MAX_SPELLINGS and all(spelled(value) in YES | NO for value in few)
     side = next((side for side in (YES, NO - {""}) if spelled(wanted) in side), None)
@@ -115,7 +129,7 @@ def rows_with_value(rows: datasets.Dataset, column: str, wanted: str) -> list[in
         matching = matching_values(cells, wanted)
     found = rows_among(cells, matching)
     if not found:
-        raise UsageError(
+        raise NoSuchValue(
             f"--forget_value: no row has {wanted!r} in the column `{column}`, which {describe_values(rows, column)}"
         )
     return found
@@ -159,11 +173,17 @@ def matching_words(words: Sequence[str], wanted: str) -> list[str]:
 
 
 def matching_texts(cells: pa.ChunkedArray, column: str, wanted: str) -> list[str]:
-    """Return the text of a column that is `wanted`: exactly, or but for case and white space around it.
+    """Return the texts of a column that are `wanted`: those of the same number, or that which is the same exactly, or but
+    for case and white space around it.
 
     Raises:
         UsageError: where several texts differ by that alone and none is the same exactly.
     """
+    numbers = matching_numbers(cells, wanted)
+    if numbers:
+        if len(numbers) > 1:
+            logger.warning(f"The column `{column}`: {', '.join(map(repr, numbers))} are one number, {wanted}")
+        return numbers
     key = pa.scalar(spelled(wanted), cells.type)
     alike: set[str] = set()
     for chunk in cells.chunks:
@@ -173,7 +193,10 @@ def matching_texts(cells: pa.ChunkedArray, column: str, wanted: str) -> list[str
     if wanted in alike:
         others = [text for text in spellings if text != wanted]
         if others:
-            logger.warning(f"The column `{column}` also holds {', '.join(map(repr, others))}, which is not forgotten")
+            logger.warning(
+                f"The column `{column}` also holds {len(others)} texts that differ from --forget_value in case or white space"
+                " alone, which are not forgotten"
+            )
         return [wanted]
     if len(spellings) > 1:
         raise UsageError(
@@ -181,6 +204,19 @@ def matching_texts(cells: pa.ChunkedArray, column: str, wanted: str) -> list[str
             " exactly"
         )
     return spellings
+
+
+def matching_numbers(cells: pa.ChunkedArray, wanted: str) -> list[str]:
+    """Return the texts that are the number `wanted`, however they write it: a column of 1, 1.0 and 2.5 may hold texts, so
+    that captions stay as they are written."""
+    if not re.search(WRITTEN_NUMBER, wanted):
+        return []
+    number = Decimal(wanted.strip())
+    matching: set[str] = set()
+    for chunk in cells.chunks:
+        written = chunk.filter(pc.match_substring_regex(chunk, WRITTEN_NUMBER)).unique().to_pylist()
+        matching |= {text for text in written if Decimal(text.strip()) == number}
+    return sorted(matching)
 
 
 def matching_values(cells: pa.ChunkedArray, wanted: str) -> list[Any]:

@@ -80,8 +80,12 @@ def require_every_file(flag: str, files: FolderFiles) -> None:
         )
 
 
-def check_metadata_names(flag: str, files: FolderFiles) -> None:
-    """Refuse metadata of images under a name that is not read, in a folder without metadata that are.
+def check_metadata_names(flag: str, files: FolderFiles, every_file: bool = False) -> None:
+    """Refuse metadata of images under a name that is not read, in a folder without metadata that are. Below a training set
+    they are passed over: programs of photo albums write a `metadata.json` into each.
+
+    Args:
+        every_file: refuse them there, too, as in a folder of images to forget.
 
     Raises:
         UsageError: saying how to name it.
@@ -90,11 +94,13 @@ def check_metadata_names(flag: str, files: FolderFiles) -> None:
     for path in sorted(candidates, key=lambda path: (path.count(os.sep), path)):
         folder = os.path.dirname(path)
         named = any(os.path.join(folder, name) in files.metadata for name in METADATA_FILES)
-        # Elsewhere it may be a part of a data set of another kind.
-        if not named and (folder == files.root or any(image.startswith(folder + os.sep) for image in files.images)):
+        # Below the root it may be a part of a data set of another kind.
+        is_read = every_file or path in files.metadata
+        is_of_images = is_read and any(image.startswith(folder + os.sep) for image in files.images)
+        if not named and (folder == files.root or is_of_images):
             raise UsageError(
                 f"{flag}: {path} is not read under this name; write a JSON object with file_name and the caption on each"
-                " line, and call the file metadata.jsonl"
+                " line, and call the file metadata.jsonl, or remove it, or give it another name"
             )
 
 
@@ -127,7 +133,7 @@ def load_folder(
         UsageError: naming the flag, for a folder without images, and for files that cannot or must not be used.
     """
     files = files or list_folder(flag, folder, every_file)
-    check_metadata_names(flag, files)
+    check_metadata_names(flag, files, every_file)
     refuse_archives(flag, files)
     if every_file:
         require_every_file(flag, files)
@@ -251,6 +257,8 @@ def unlisted_images(files: FolderFiles, listed: pa.ChunkedArray) -> list[str]:
         return []
     elsewhere = listed.filter(pc.invert(pc.is_in(listed, pa.array(files.images, pa.string())))).drop_null().to_pylist()
     behind_links = {os.path.realpath(path) for path in elsewhere}
+    if not behind_links:  # or the path of every mask would be looked up
+        return unlisted
     return [path for path in unlisted if os.path.realpath(path) not in behind_links]
 
 
@@ -278,15 +286,15 @@ def path_of(flag: str, file: str, entry: str, names: NamesOnDisk, column: str) -
         )
     relative = os.path.normpath(entry if os.path.isabs(entry) else entry.replace("\\", "/"))
     if os.path.isabs(relative):
-        relative = below(relative, folder)
+        relative = below(relative, folder, names)
     if relative.split("/")[0] == "..":
         raise UsageError(f"{where}, which lies outside of its folder; name files in {folder}")
     return names.on_disk(os.path.join(folder, relative))
 
 
-def below(path: str, folder: str) -> str:
+def below(path: str, folder: str, names: NamesOnDisk) -> str:
     """Return an absolute path as one from a folder, also where it has the name of the folder through a link."""
     relative = os.path.relpath(path, folder)
     if relative.split("/")[0] != "..":
         return relative
-    return os.path.join(os.path.relpath(os.path.realpath(os.path.dirname(path)), folder), os.path.basename(path))
+    return os.path.join(os.path.relpath(names.real_folder(os.path.dirname(path)), folder), os.path.basename(path))

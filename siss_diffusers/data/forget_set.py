@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import datasets
 import pyarrow as pa
 
+from siss_diffusers.data.cells import image_files, kind_of
 from siss_diffusers.data.column_values import describe_values, holds_numbers, marked_rows, rows_with_value, spelled
 from siss_diffusers.data.named_files import named_rows
 from siss_diffusers.errors import UsageError
@@ -32,7 +33,7 @@ def forget_rows_of(
     """
     if forget_files:
         warn_of_marks(rows, "--forget_files")
-        return named_rows(rows.data.column(image_column), forget_files, train_data_dir)
+        return named_rows(image_files(rows, image_column), forget_files, train_data_dir)
     if forget_column is None:
         named = columns_of_marks(rows)
         if len(named) > 1:
@@ -48,7 +49,7 @@ def forget_rows_of(
     else:
         warn_of_marks(rows, f"--forget_column {forget_column}", but=forget_column)
 
-    if pa.types.is_nested(rows.data.column(forget_column).type):
+    if pa.types.is_nested(kind_of(rows, forget_column)):
         raise UsageError(f"--forget_column: {forget_column!r} holds lists; name a column of single values")
     if forget_value is not None:
         return rows_with_value(rows, forget_column, forget_value)
@@ -75,7 +76,7 @@ def warn_of_marks(rows: datasets.Dataset, instead: str, but: str | None = None) 
         but: the column that says it, where it is one.
     """
     for column in columns_of_marks(rows):
-        if column == but or pa.types.is_nested(rows.data.column(column).type):
+        if column == but or pa.types.is_nested(kind_of(rows, column)):
             continue
         marked = marked_rows(rows, column)
         if marked:

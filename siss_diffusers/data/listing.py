@@ -58,6 +58,12 @@ class FolderFiles:
         names = [os.path.relpath(path, self.root) for path in paths[:NUM_EXAMPLES]]
         return ", ".join(names) + (f" and {len(paths) - NUM_EXAMPLES} more" if len(paths) > NUM_EXAMPLES else "")
 
+    def beside(self, folder: str) -> "FolderFiles":
+        """Return the files that do not lie in one of the folders here."""
+        inside = os.path.join(self.root, folder, "")
+        kinds = (self.images, self.metadata, self.hidden, self.above, self.litter, self.others)
+        return FolderFiles(self.root, *([path for path in paths if not path.startswith(inside)] for paths in kinds))
+
 
 def require_folder(flag: str, folder: str) -> None:
     """Refuse what is no folder.

@@ -10,8 +10,9 @@ import datasets
 import pyarrow.compute as pc
 from PIL import Image
 
+from siss_diffusers.data.cells import image_files
 from siss_diffusers.data.images import HOLDS_SEVERAL
-from siss_diffusers.data.sources import ImageRows, load_image_rows, undecoded
+from siss_diffusers.data.sources import ImageRows, load_image_rows, refuse_rows_to_keep, undecoded
 from siss_diffusers.data.viewing import as_viewed
 from siss_diffusers.errors import UsageError, describe_error
 
@@ -31,8 +32,8 @@ def rows_of(
         name: of the argument, for messages.
         caption_column: the column of the prompts; None for unconditional models.
         prompts: one prompt for all images, or one for each; they take the place of those in the data.
-        every_file: refuse a file of a folder, or a picture of a file of several, that would not be used, as for images to
-            forget.
+        every_file: refuse a file of a folder, or a picture of a file of several, that would not be used, and rows that a
+            column `forget` says no of, as for images to forget.
 
     Raises:
         UsageError: for anything else, or a number of prompts that is not that of the images.
@@ -40,8 +41,11 @@ def rows_of(
     if isinstance(images, str | os.PathLike):
         rows = load_image_rows(name, str(images), "image", is_folder=True, every_file=every_file, cache_dir=cache_dir)
     elif isinstance(images, datasets.Dataset):
-        rows = undecoded(images, image_column_of(images, name), name, roots=None)
+        # A format may leave out columns, and a transform may make anything of a row.
+        rows = undecoded(images.with_format(None), image_column_of(images, name), name, roots=None)
         refuse_missing_images(rows)
+        if every_file:
+            refuse_rows_to_keep(rows)
     elif isinstance(images, Sequence):
         rows = rows_of_pictures(images, name, caption_column, every_file)
     else:
@@ -74,8 +78,8 @@ def refuse_missing_images(rows: ImageRows) -> None:
     Raises:
         UsageError: naming the first.
     """
-    cells = rows.rows.data.column(rows.column)
-    missing = pc.and_(*(pc.is_null(pc.struct_field(cells, part)) for part in ("bytes", "path")))
+    files = image_files(rows.rows, rows.column)
+    missing = pc.and_(pc.is_null(pc.struct_field(files, "path")), pc.struct_field(files, "in_file"))
     first = pc.index(missing, True).as_py()
     if first >= 0:
         raise UsageError(
@@ -99,16 +103,17 @@ def rows_of_pictures(
         picture, caption = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
         if not isinstance(picture, Image.Image) or not isinstance(caption, str | None):
             raise UsageError(f"{name}[{index}] is neither a PIL image nor an (image, prompt) pair")
-        if every_picture and picture.format in HOLDS_SEVERAL and picture.n_frames > 1:
-            raise UsageError(
-                f"{name}[{index}] holds {picture.n_frames} pictures, of which only one would be used; give a copy of each"
-            )
         try:
+            count = picture.n_frames if every_picture and picture.format in HOLDS_SEVERAL else 1
             cells.append({"bytes": encoded(picture), "path": None})
         except Exception as error:  # Pillow decodes a picture of a file here, and does not say how it fails
             raise UsageError(
                 f"{name}[{index}] cannot be read ({describe_error(error)}); repair or remove it"
             ) from error
+        if count > 1:
+            raise UsageError(
+                f"{name}[{index}] holds {count} pictures, of which only one would be used; give a copy of each"
+            )
         captions.append(caption)
     columns, features = {"image": cells}, {"image": datasets.Image(decode=False)}
     if caption_column is not None and any(caption is not None for caption in captions):

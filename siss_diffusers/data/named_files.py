@@ -21,10 +21,12 @@ def below_folder(name: str, folder: str) -> str:
     """Return a name in its shortest form; of an absolute path to a file below a folder, by whatever links, the name below
     it."""
     if os.path.isabs(name) and os.path.exists(folder):
-        for parent in Path(os.path.normpath(name)).parents:
-            if os.path.exists(parent) and os.path.samefile(parent, folder):
-                name = os.path.relpath(os.path.normpath(name), parent)
-                break
+        written = Path(os.path.normpath(name))
+        # A link may lead to a folder below it, and not to it.
+        for path in (written, Path(os.path.realpath(written.parent), written.name)):
+            for parent in (path, *path.parents):
+                if os.path.exists(parent) and os.path.samefile(parent, folder):
+                    return Path(os.path.relpath(path, parent)).as_posix()
     return Path(os.path.normpath(name)).as_posix()
 
 
@@ -86,6 +88,8 @@ def named_rows(cells: pa.ChunkedArray, names: Sequence[str], folder: str) -> lis
 def why_not_there(root: Path, name: str) -> str:
     """Return why no row has an image file of this name below a folder, and the cure."""
     path, folder = root / name, "--train_data_dir"
+    if os.path.isabs(name) or name.split("/")[0] == "..":
+        return f"is not in {folder}; name a file in it, or give the folder of the file by --forget_data_dir"
     if path.is_dir():
         return "is a folder; name the files in it, or give a folder of images to forget by --forget_data_dir"
     if not path.is_file():

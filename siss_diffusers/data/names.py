@@ -1,5 +1,6 @@
 """Names of files as systems write them: a letter with an accent is one character or two, and looks the same."""
 
+import os
 import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,6 +22,7 @@ class NamesOnDisk:
     def __init__(self, usual: Sequence[str], others: Sequence[str] = ()) -> None:
         self.usual = frozenset(usual)
         self.others = frozenset(others)
+        self._real_folders: dict[str, str] = {}
 
     @cached_property
     def by_composed(self) -> dict[str, str]:
@@ -31,3 +33,9 @@ class NamesOnDisk:
         if path.isascii() or path in self.usual or path in self.others:
             return path
         return self.by_composed.get(composed(path), path)
+
+    def real_folder(self, path: str) -> str:
+        """Return the path of a folder without links; of a folder that many files are in, it is looked up once."""
+        if path not in self._real_folders:
+            self._real_folders[path] = os.path.realpath(path)
+        return self._real_folders[path]

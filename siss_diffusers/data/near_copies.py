@@ -77,6 +77,7 @@ class NearCopies:
         self.references = torch.stack(list(references.values()))
         self._read_ordinary = ordinary
         self._limits: dict[int, Limits] = {}
+        self._variants: tuple[int, Tensor] | None = None
 
     @cached_property
     def ordinary(self) -> Tensor:
@@ -126,7 +127,14 @@ class NearCopies:
         return torch.stack(differences).amin(0).round(decimals=6)
 
     def variants(self, index: int) -> Tensor:
-        """Return a forget image as a crop or a mirror would leave it, `(V, C, H, W)`."""
+        """Return a forget image as a crop or a mirror would leave it, `(V, C, H, W)`. Those of one image are asked for several
+        times in a row, and are kept until another is asked for: of thousands of images they would fill the memory."""
+        latest = self._variants
+        if latest is None or latest[0] != index:
+            latest = self._variants = (index, self._enlarged_and_mirrored(index))
+        return latest[1]
+
+    def _enlarged_and_mirrored(self, index: int) -> Tensor:
         zooms = torch.tensor(ZOOMS, dtype=torch.float64)
         grids = torch.zeros(len(zooms), 2, 3, dtype=torch.float64)
         grids[:, 0, 0] = grids[:, 1, 1] = 1 / zooms

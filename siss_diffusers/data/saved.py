@@ -8,8 +8,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from siss_diffusers.data.cells import cells_of, kind_of
 from siss_diffusers.data.listing import holds_pictures, list_folder
-from siss_diffusers.data.loaded import LoadedRows
+from siss_diffusers.data.loaded import LoadedRows, OtherSplit
 from siss_diffusers.errors import UsageError, describe_error
 
 
@@ -31,42 +32,49 @@ def load_saved(flag: str, name: str, every_file: bool = False) -> LoadedRows:
     Raises:
         UsageError: for a folder without that split, or that names files outside of it.
     """
-    folder, own = Path(name), {"dataset_dict.json"}
-    splits = {"train": folder}
+    folder, part, others = Path(name), "", {}
     if (folder / "dataset_dict.json").is_file():
-        splits = {split: folder / split for split in splits_of(flag, folder)}
-    loaded = {}
-    for split, place in splits.items():
-        loaded[split], files = load_split(flag, place)
-        own |= {(place / file).relative_to(folder).as_posix() for file in files}
-    if "train" not in loaded:
-        raise UsageError(f"{flag}: {name} has no split `train`, only {', '.join(loaded) or 'none'}; name one of them")
-    rows = loaded.pop("train")
-    if every_file and loaded:
-        others = ", ".join(f"{split} ({len(other)} rows)" for split, other in loaded.items())
+        part = "train"
+        splits = splits_of(flag, folder)
+        if part not in splits:
+            raise UsageError(
+                f"{flag}: {name} has no split `train`, only {', '.join(splits) or 'none'}; name one of them"
+            )
+        others = {split: unread_split(flag, folder / split) for split in splits if split != part}
+    if every_file and others:
+        held = ", ".join(f"{split} ({other.inside})" for split, other in others.items())
         raise UsageError(
-            f"{flag}: {name} holds the splits train and {others}, and only train would be read; save what is to forget as"
+            f"{flag}: {name} holds the splits train and {held}, and only train would be read; save what is to forget as"
             " one data set, without splits"
         )
-    return LoadedRows(rows, files_beside(flag, name, own, every_file), loaded)
+    rows, files = load_split(flag, folder / part)
+    own = {"dataset_dict.json", *(os.path.join(part, file) for file in files)}
+    return LoadedRows(rows, files_beside(flag, name, own, tuple(others), every_file), others)
+
+
+def unread_split(flag: str, folder: Path) -> OtherSplit:
+    """Return a split of which nothing is used; that it is damaged does not matter unless it is looked at."""
+    try:
+        inside = f"{len(load_split(flag, folder)[0])} rows"
+    except UsageError:
+        inside = "which cannot be loaded"
+    return OtherSplit(lambda: load_split(flag, folder)[0], inside)
 
 
 def splits_of(flag: str, folder: Path) -> list[str]:
     """Return the names of the splits of a folder of `save_to_disk`.
 
     Raises:
-        UsageError: for a file of them that is damaged, or a split that is not there.
+        UsageError: for a file of them that is damaged.
     """
     file = folder / "dataset_dict.json"
     try:
         splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
-        is_whole = all(Path(split).name == split and (folder / split / "state.json").is_file() for split in splits)
+        is_whole = all(Path(split).name == split for split in splits)
     except (OSError, ValueError, KeyError, TypeError):
         is_whole = False
     if not is_whole:
-        raise UsageError(
-            f"{flag}: {file} is not what save_to_disk wrote, or a split is missing; save the data set again"
-        )
+        raise UsageError(f"{flag}: {file} is not what save_to_disk wrote; save the data set again")
     return splits
 
 
@@ -80,7 +88,9 @@ def load_split(flag: str, folder: Path) -> tuple[datasets.Dataset, list[str]]:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         files = [file["filename"] for file in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{flag}: {folder / 'state.json'} is not what save_to_disk wrote; save the data set again")
+        raise UsageError(
+            f"{flag}: {folder / 'state.json'} is missing or not what save_to_disk wrote; save the data set again"
+        )
     for file in files:
         if Path(file).name != file:
             raise UsageError(
@@ -94,11 +104,12 @@ def load_split(flag: str, folder: Path) -> tuple[datasets.Dataset, list[str]]:
     return rows, [*files, *caches, "state.json", "dataset_info.json"]
 
 
-def files_beside(flag: str, name: str, own: set[str], every_file: bool) -> str:
+def files_beside(flag: str, name: str, own: set[str], splits: tuple[str, ...], every_file: bool) -> str:
     """Return what lies in a folder of `save_to_disk` beside the files of the data set, as a text; empty for nothing.
 
     Args:
         own: the files of the data set, by their names below the folder.
+        splits: the folders of other splits, which are named elsewhere.
         every_file: refuse the others.
 
     Raises:
@@ -106,8 +117,10 @@ def files_beside(flag: str, name: str, own: set[str], every_file: bool) -> str:
     """
     files = list_folder(flag, name, every_file)
     own = {os.path.join(files.root, file) for file in own}
+    elsewhere = tuple(os.path.join(files.root, split, "") for split in splits)
     given = files.images + files.metadata + files.hidden + files.above + files.others
     beside = sorted({*given, *(filter(holds_pictures, files.litter) if every_file else ())} - own)
+    beside = [file for file in beside if not file.startswith(elsewhere)]
     if beside and every_file:
         raise UsageError(
             f"{flag}: {len(beside)} files lie in {name} beside what save_to_disk wrote and would not be read"
@@ -125,10 +138,10 @@ def with_images(rows: datasets.Dataset, column: str, flag: str) -> datasets.Data
     feature = rows.features.get(column)
     if feature is None or isinstance(feature, datasets.Image):
         return rows
-    kind = rows.data.schema.field(column).type
+    kind = kind_of(rows, column)
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type):
         return rows.cast_column(column, datasets.Image(decode=False))
-    first = next((cell for chunk in rows.data.column(column).chunks for cell in pc.drop_null(chunk)[:1]), None)
+    first = next((cell for chunk in cells_of(rows, column).chunks for cell in pc.drop_null(chunk)[:1]), None)
     value = None if first is None else first.as_py()
     if isinstance(value, bytes) and holds_bytes(kind):
         if not value.startswith(MAGIC):

@@ -14,12 +14,21 @@ import pyarrow.compute as pc
 import yaml
 from datasets import load_dataset
 
+from siss_diffusers.data.cells import cells_of, image_files
 from siss_diffusers.data.column_values import marked_rows, rows_where
 from siss_diffusers.data.folders import check_metadata_names, load_folder
 from siss_diffusers.data.forget_set import columns_of_marks
 from siss_diffusers.data.images import Images, ImageTransform
-from siss_diffusers.data.listing import DATA_SUFFIXES, NUM_EXAMPLES, list_folder, require_folder, suffix_of
-from siss_diffusers.data.loaded import LoadedRows
+from siss_diffusers.data.listing import (
+    DATA_SUFFIXES,
+    NUM_EXAMPLES,
+    FolderFiles,
+    describe_passed_over,
+    list_folder,
+    require_folder,
+    suffix_of,
+)
+from siss_diffusers.data.loaded import LoadedRows, OtherSplit
 from siss_diffusers.data.saved import cure_of, is_saved, load_saved, with_images
 from siss_diffusers.errors import UsageError, describe_error
 
@@ -99,7 +108,13 @@ def load_rows(
     if "train" not in splits:
         raise UsageError(f"{flag}: {name} has no split train, only {', '.join(splits)}")
     unread = images_in_no_split(flag, name, splits)
-    return LoadedRows(splits.pop("train"), unread, splits)
+    rows = splits.pop("train")
+    return LoadedRows(rows, unread, {split: loaded_split(other) for split, other in splits.items()})
+
+
+def loaded_split(rows: datasets.Dataset) -> OtherSplit:
+    """Return rows of which nothing is used."""
+    return OtherSplit(lambda: rows, f"{len(rows)} rows")
 
 
 def images_in_no_split(flag: str, name: str, splits: Mapping[str, datasets.Dataset]) -> str:
@@ -111,7 +126,7 @@ def images_in_no_split(flag: str, name: str, splits: Mapping[str, datasets.Datas
     for rows in splits.values():
         for column, feature in rows.features.items():
             if isinstance(feature, datasets.Image):
-                paths = pc.struct_field(rows.data.column(column), "path")
+                paths = pc.struct_field(image_files(rows, column), "path")
                 images = images.filter(pc.invert(pc.is_in(images, paths)))
     unread = images.to_pylist()
     return f"{len(unread)} images that are in no split ({files.examples(unread)})" if unread else ""
@@ -138,9 +153,17 @@ def image_folder_of(flag: str, name: str, columns: Sequence[str]) -> LoadedRows 
     splits = {part for part in parts if part.lower() in SPLIT_NAMES}
     if splits != parts or len(parts) < 2 or "train" not in parts:
         return LoadedRows(*load_folder(flag, name, columns=columns, files=files))
-    loaded = {split: load_folder(flag, os.path.join(name, split), columns=columns) for split in sorted(splits)}
-    rows, passed_over = loaded.pop("train")
-    return LoadedRows(rows, passed_over, {split: other for split, (other, _) in loaded.items()})
+    rows, passed_over = load_folder(flag, os.path.join(name, "train"), columns=columns)
+    others = {split: unread_folder(flag, files, split, columns) for split in sorted(splits - {"train"})}
+    beside = describe_passed_over(files.beside("train"))
+    return LoadedRows(rows, ", ".join(filter(None, [passed_over, beside])), others)
+
+
+def unread_folder(flag: str, files: FolderFiles, split: str, columns: Sequence[str]) -> OtherSplit:
+    """Return a folder of which nothing is used; what is wrong in it does not matter unless it is looked at."""
+    folder = os.path.join(files.root, split)
+    count = sum(path.startswith(folder + os.sep) for path in files.images)
+    return OtherSplit(lambda: load_folder(flag, folder, columns=columns)[0], f"{count} images")
 
 
 def check_image_paths(rows: datasets.Dataset, column: str, flag: str, roots: Sequence[str]) -> None:
@@ -151,8 +174,8 @@ def check_image_paths(rows: datasets.Dataset, column: str, flag: str, roots: Seq
     """
     roots = tuple({os.path.join(way(root), "") for root in roots for way in (os.path.abspath, os.path.realpath)})
     first = 0
-    for cells in rows.data.column(column).chunks:  # one at a time: a filter copies the paths
-        paths, in_file = pc.struct_field(cells, "path"), pc.is_null(pc.struct_field(cells, "bytes"))
+    for cells in image_files(rows, column).chunks:  # one at a time: a filter copies the paths
+        paths, in_file = (pc.struct_field(cells, part) for part in ("path", "in_file"))
         missing = pc.index(pc.and_(pc.is_null(paths), in_file), True).as_py()
         if missing >= 0:
             raise UsageError(
@@ -186,7 +209,7 @@ class ImageRows:
     column: str
     flag: str
     passed_over: str = ""
-    other_splits: Mapping[str, datasets.Dataset] = field(default_factory=dict)
+    other_splits: Mapping[str, OtherSplit] = field(default_factory=dict)
 
     def images(self, transform: ImageTransform) -> Images:
         return Images(self.rows, self.column, transform, self.flag)
@@ -239,7 +262,7 @@ def refuse_rows_to_keep(images: ImageRows) -> None:
         UsageError: naming the first few.
     """
     for column in columns_of_marks(images.rows):
-        cells = images.rows.data.column(column)
+        cells = cells_of(images.rows, column)
         marked = None if pa.types.is_nested(cells.type) else marked_rows(images.rows, column)
         if marked is None:
             continue
@@ -249,8 +272,8 @@ def refuse_rows_to_keep(images: ImageRows) -> None:
             paths = (images.rows[row][images.column]["path"] for row in kept[:NUM_EXAMPLES])
             names = ", ".join(os.path.basename(path) if path else f"row {row}" for row, path in zip(kept, paths))
             raise UsageError(
-                f"{images.flag}: its metadata say {column}: false for {len(kept)} images ({names}), and all that is there"
-                " would be forgotten; take them out of the folder, or drop the column"
+                f"{images.flag}: its column `{column}` says no of {len(kept)} images ({names}), and all that is there would be"
+                " forgotten; take them out, or drop the column"
             )
 
 

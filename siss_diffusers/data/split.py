@@ -4,11 +4,11 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
-import datasets
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from siss_diffusers.data.column_values import NoSuchValue
 from siss_diffusers.data.forget_set import forget_rows_of, warn_of_marks
 from siss_diffusers.data.images import Images, ImageTransform
 from siss_diffusers.data.keep_order import KeepOrder, look_at, read_in_parts
@@ -88,8 +88,8 @@ class DataSource:
                 return GivenRows(train, forget)
         by_column = (self.forget_column, self.forget_value)
         indices = forget_rows_of(train.rows, train.column, self.forget_files, *by_column, self.train_data_dir)
-        for name, rows in train.other_splits.items():
-            refuse_forget_rows(rows, name, *by_column, flag=train.flag)
+        if not self.forget_files:
+            check_other_splits(train, *by_column)
         if indices is None:
             passed_over = f" (passed over in {train.flag}: {train.passed_over})" if train.passed_over else ""
             raise UsageError(
@@ -99,30 +99,45 @@ class DataSource:
         return GivenRows(train, forget_indices=indices)
 
 
-def refuse_forget_rows(
-    rows: datasets.Dataset, split: str, column: str | None, value: str | None, flag: str = "keep"
-) -> None:
-    """Refuse a split that is not used and holds rows to forget.
+def check_other_splits(train: ImageRows, column: str | None, value: str | None) -> None:
+    """Refuse rows that are marked as to be forgotten in splits that are not used. Rows of a value there, as every class has
+    them in its test split, are warned of.
 
     Args:
+        train: the training set.
         column: what says so, `None` for the column `forget`; and its value.
-        flag: of the data set; in Python it is an argument.
 
     Raises:
         UsageError: naming the split.
     """
-    if column is not None and column not in rows.features:
-        return
-    try:
-        marked = forget_rows_of(rows, "", None, column, value)
-    except UsageError as error:
-        if value is None:
-            raise UsageError(f"{error} (in the split {split}, of which nothing is used)") from error
-        return  # no such value there
-    if marked:
-        raise UsageError(
-            f"{flag}: {len(marked)} rows to forget are in the split {split}, of which nothing is used; move them to the"
-            " split train, or give their images by --forget_data_dir"
+    of_value = []
+    for split, other in train.other_splits.items():
+        where = f"the split {split}, of which nothing is used"
+        try:
+            rows = other.load()
+            if column is not None:  # a column `forget` beside it says nothing here
+                rows = rows.select_columns([name for name in rows.features if name == column])
+            found = forget_rows_of(rows, "", None, column, value) if rows.features else None
+        except NoSuchValue:
+            continue
+        except UsageError as error:
+            if value is None:
+                raise UsageError(f"{error} (in {where})") from error
+            logger.warning(f"{error} (in {where})")
+            continue
+        if found and value is not None:
+            of_value.append(f"{len(found)} in the split {split}")
+        elif found:
+            cure = (
+                "give their images as `forget`" if train.flag == "keep" else "give their images by --forget_data_dir"
+            )
+            raise UsageError(
+                f"{train.flag}: {len(found)} rows to forget are in {where}; move them to the split train, or {cure}"
+            )
+    if of_value:
+        logger.warning(
+            f"{train.flag}: of the rows with --forget_value {value}, those of the split train are forgotten; nothing is"
+            f" used of the others ({', '.join(of_value)})"
         )
 
 

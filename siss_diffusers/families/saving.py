@@ -9,19 +9,17 @@ from huggingface_hub import constants
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.trust import refuse_only_pickles
-from siss_diffusers.storage.files import RUN_FILES
 
 
 logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
-# A file is copied only if its suffix is one of these: no other could hold pictures of the training set, or code.
+# A file of a component is copied only if its suffix is one of these: any other may hold pictures of the training set, or
+# code.
 TEXTS = (".json", ".txt", ".md", ".yaml", ".yml")
 VOCABULARIES = (".model", ".bpe", ".jinja")
 # Of the network, and beside the components, they may be weights before training, under whatever name.
 WEIGHTS = (".safetensors", ".msgpack", ".h5", ".onnx", ".gguf")
-# Readers would take them for those of this run; a card of the base would be published as its card.
-NOT_OF_THE_BASE = {name.lower() for name in (*RUN_FILES, "evaluation.json")}
 LEGAL = ("license", "licence", "notice", "copying")
 
 
@@ -79,8 +77,8 @@ def leads_inside(link: Path, base: Path) -> bool:
 
 
 def copy_rest(base: Path, config: dict, network_name: str, folder: Path, variant: str | None) -> None:
-    """Copy the components of a base and the texts beside them, byte for byte, but for the weights of its network, and what
-    `left_behind` names.
+    """Copy the components of a base and the licence beside them, byte for byte, but for the weights of its network, and
+    what `left_behind` names.
 
     Args:
         base: folder of the pipeline.
@@ -97,7 +95,7 @@ def copy_rest(base: Path, config: dict, network_name: str, folder: Path, variant
         elif (base / f"{component}_config.json").is_file():  # of a repository without sub-folders
             (folder / component).mkdir(exist_ok=True)
             shutil.copyfile(base / f"{component}_config.json", folder / component / f"{component}_config.json")
-    for file in texts_beside(base, config):
+    for file in licences_beside(base):
         shutil.copyfile(file, folder / file.name)
     shutil.copyfile(base / INDEX, folder / INDEX)
 
@@ -107,24 +105,18 @@ def is_legal(file: Path) -> bool:
     return file.stem.lower().startswith(LEGAL) and file.suffix.lower() in ("", ".rst", *TEXTS)
 
 
-def texts_beside(base: Path, config: dict) -> list[Path]:
-    """Return the files beside the components that are copied: texts, and whatever is the licence."""
-    # Of a repository without sub-folders the configurations go into those of the components.
-    flat = {f"{name}_config.json" for name in components_of(config)} | {"config.json"}
-    found = []
-    for file in sorted(base.iterdir()):
-        is_text = file.suffix.lower() in TEXTS and file.name.lower() not in NOT_OF_THE_BASE | flat | {INDEX}
-        if file.is_file() and not file.name.startswith(".") and (is_text or is_legal(file)):
-            if not file.is_symlink() or leads_inside(file, base):
-                found.append(file)
-    return found
+def licences_beside(base: Path) -> list[Path]:
+    """Return the files beside the components that are copied. Other texts stay: where the base lies in the folder of its
+    training, they may be captions, and no pipeline reads them."""
+    files = [file for file in sorted(base.iterdir()) if file.is_file() and is_legal(file)]
+    return [file for file in files if not file.is_symlink() or leads_inside(file, base)]
 
 
 def left_behind(base: Path, config: dict, network_name: str) -> list[str]:
-    """Return what of a base is not copied beside the weights of its network, for a message: other weights, pictures, code,
-    and what an earlier run left. Hidden files are not counted."""
+    """Return what of a base is not copied beside the weights of its network, for a message: other weights, pictures, code, and
+    texts beside the components. Hidden files are not counted."""
     components = [name for name in components_of(config) if (base / name).is_dir()]
-    copied = {file.name for file in texts_beside(base, config)} | {INDEX, *components}
+    copied = {file.name for file in licences_beside(base)} | {INDEX, *components}
     behind = [f"{path.name}/" if path.is_dir() else path.name for path in sorted(base.iterdir())]
     behind = [name for name in behind if name.rstrip("/") not in copied and not name.startswith(".")]
     for name in components:

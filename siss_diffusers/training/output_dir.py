@@ -17,11 +17,11 @@ RUN_FOLDERS = ("logs",)
 FOLDERS_READ = ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "forget_data_dir")
 
 
-def check_output_dir(settings: Settings, given: Mapping[str, str] | None = None) -> None:
+def check_output_dir(settings: Settings, read: Mapping[str, str] | None = None) -> None:
     """Refuse an output directory that holds anything, unless told to overwrite or to resume.
 
     Args:
-        given: what else is read, beside what the settings name: folders and names on the Hub, by their names.
+        read: folders and names on the Hub that are read, by their names in messages; None: those that the settings name.
 
     Raises:
         UsageError: naming the flags that help. Nothing is removed here.
@@ -35,10 +35,10 @@ def check_output_dir(settings: Settings, given: Mapping[str, str] | None = None)
         raise UsageError(f"--output_dir cannot be used ({error.strerror}); name another folder")
     if is_file:
         raise UsageError(f"--output_dir: {output_dir} is a file; name a folder")
-    read = {f"--{name}": getattr(settings, name) for name in FOLDERS_READ}
-    refuse_folders_given("--output_dir", output_dir, {**read, **(given or {})})
+    by_flags = {f"--{name}": getattr(settings, name) for name in FOLDERS_READ}
+    refuse_folders_given("--output_dir", output_dir, by_flags if read is None else read)
     if settings.report_to != "none":
-        check_logging_dir(output_dir / settings.logging_dir)
+        check_logging_dir(output_dir / settings.logging_dir, output_dir)
     if settings.resume_from_checkpoint is None and not settings.overwrite_output_dir:
         if output_dir.is_dir() and any(output_dir.iterdir()):
             raise UsageError(
@@ -47,13 +47,15 @@ def check_output_dir(settings: Settings, given: Mapping[str, str] | None = None)
             )
 
 
-def check_logging_dir(folder: Path) -> None:
+def check_logging_dir(folder: Path, output_dir: Path) -> None:
     """Check that the folder of the tracker can be made: that it cannot must not show after data and model are read.
 
     Raises:
         UsageError: naming what is in its place.
     """
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if folder.is_relative_to(output_dir) and output_dir.is_relative_to(there):
+        return  # the output directory itself is still to be made, which says so where it fails
     if not there.is_dir():
         raise UsageError(f"--logging_dir: {there} is a file; name another folder, or remove it")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -77,7 +77,7 @@ def test_of_a_data_set_whose_folders_are_splits_train_is_read_and_the_others_are
     folder = write(tmp_path / "f", "train/a.png", "train/test_b.png", "test/c.png", "validation/d.png")
     rows = keep_set(folder, by_name=True)
     assert names_of(rows, folder) == ["train/a.png", "train/test_b.png"]
-    assert rows.passed_over == "the split test (1 rows), the split validation (1 rows)"
+    assert rows.passed_over == "the split test (1 images), the split validation (1 images)"
     assert len(keep_set(folder).rows) == 4
 
 

@@ -205,7 +205,7 @@ def test_rows_to_forget_by_value(column, value, expected):
             ("age", "true", "int64"),
             ("share", "x", "double and holds 0.5, 0.25"),
         ),
-        *(("adult", "maybe", "bool and holds False, True"), ("name", "None", "string and holds 'x', 'Y '")),
+        *(("adult", "maybe", "bool and holds False, True"), ("name", "None", "string and holds 2 distinct values")),
         ("twins", "ann", "may mean 'ANN' or 'Ann'"),
     ],
 )
@@ -214,6 +214,24 @@ def test_a_value_of_no_row_is_refused_with_an_example(column, value, type_and_ex
         forget_rows_of(people(), "image", forget_column=column, forget_value=value)
     assert "--forget_value" in str(refused.value) and f"`{column}`" in str(refused.value)
     assert type_and_example in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["somebody", "Ann smith, 4 Elm Street", "ann Smith, 4 Elm Street"])
+def test_no_message_tells_a_text_of_the_column(value, caplog):
+    """It may be a caption, and that of a memorized image. What was asked for may be told."""
+    texts = ["Ann smith, 4 Elm Street", "yes", "Ann Smith, 4 Elm Street", "Ben Miller", None]
+    rows = make_rows(list("abcde")).add_column("text", texts)
+    messages = []
+    try:
+        forget_rows_of(rows, "image", forget_column="text", forget_value=value)
+    except UsageError as error:
+        messages.append(str(error))
+    with pytest.raises(UsageError, match="string and holds 4 distinct values, such as 'yes', not true") as refused:
+        forget_rows_of(rows, "image", forget_column="text")
+    messages += [str(refused.value), caplog.text]
+    assert "Miller" not in "".join(messages)
+    assert "Smith" not in "".join(messages) or value.startswith("ann")
+    assert ("1 texts that differ from --forget_value in case" in caplog.text) == value.startswith("Ann")
 
 
 def test_the_number_of_one_class_and_the_name_of_another_is_refused():
@@ -242,7 +260,7 @@ def test_a_forget_column_as_people_write_it(column, values):
 @pytest.mark.parametrize(
     ("values", "type_and_example"),
     [
-        (["true", "maybe"], "string and holds 'true', 'maybe'"),
+        (["true", "maybe"], "string and holds 2 distinct values, such as 'true'"),
         *(([1, 2], "int64 and holds 1, 2"), ([0.5, 1.0], "double and holds 0.5, 1.0")),
     ],
 )
@@ -270,6 +288,22 @@ def test_a_file_to_forget_may_be_named_by_its_whole_path(tmp_path):
     (tmp_path / "c.heic").write_bytes(b"")
     with pytest.raises(UsageError, match="c.heic is in --train_data_dir and is not read"):
         forget_rows_of(rows, "image", ["c.heic"], train_data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("texts", "value", "expected"),
+    [
+        *((["1", "1.0", "2.5"], "1", [0, 1]), (["1", "1.0", "2.5"], "1.00", [0, 1]), (["1", "1.0", "x"], "1", [0, 1])),
+        *((["1e1", "10", "0"], "10", [0, 1]), (["1", "1.0", "0"], "1", [0, 1]), (["-0", "0.0", "3"], "0", [0, 1])),
+        *((["7", "007", "7.0"], "7", [0, 2]), (["7", "007", "7.0"], "007", [1]), (["1e9999", "1", "2"], "1", [1])),
+        *(([" 4", "4", None], "4", [0, 1]), (["9007199254740993", "9007199254740992", "x"], "9007199254740992", [1])),
+    ],
+)
+def test_texts_that_are_one_number_are_one_value(texts, value, expected, caplog):
+    """As lines of JSON become where a column would write their numbers in another way."""
+    rows = make_rows(["a", "b", "c"]).add_column("score", texts)
+    assert forget_rows_of(rows, "image", forget_column="score", forget_value=value) == expected
+    assert ("are one number" in caplog.text) == (len(expected) > 1)
 
 
 def test_rows_to_forget_by_a_list_are_refused():
@@ -346,3 +380,27 @@ def test_the_cause_that_a_file_to_forget_is_not_read(name, cause, tmp_path):
     rows = make_rows([str(tmp_path / "a.png")])
     with pytest.raises(UsageError, match=f"--forget_files: {name} .*{cause.partition(' ')[2]}"):
         forget_rows_of(rows, "image", [name], train_data_dir=str(tmp_path))
+
+
+def test_the_cause_that_a_file_outside_is_not_found(tmp_path):
+    """It is in no folder that the training set has, whatever its name."""
+    (tmp_path / "train" / "sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("other/x.png", "other/.h.png"):
+        (tmp_path / name).write_bytes(b"")
+    rows = make_rows([str(tmp_path / "train/a.png")])
+    for name in (str(tmp_path / "other/x.png"), "../other/x.png", "../other/.h.png", "../other", "/"):
+        with pytest.raises(
+            UsageError, match=f"--forget_files: {name} is not in --train_data_dir; name a file in it, or"
+        ):
+            forget_rows_of(rows, "image", [name], train_data_dir=str(tmp_path / "train"))
+    with pytest.raises(UsageError, match="is a folder"):
+        forget_rows_of(rows, "image", [str(tmp_path / "train")], train_data_dir=str(tmp_path / "train"))
+
+
+def test_a_path_through_a_link_to_a_folder_below_is_found(tmp_path):
+    rows = make_rows([str(tmp_path / "train/sub/a.png"), str(tmp_path / "train/b.png")])
+    (tmp_path / "train" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "train" / "sub")
+    names = [str(tmp_path / "link" / "a.png")]
+    assert forget_rows_of(rows, "image", names, train_data_dir=str(tmp_path / "train")) == [0]

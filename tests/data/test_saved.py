@@ -109,14 +109,15 @@ def test_other_columns_are_refused_by_what_they_hold(tmp_path, value, words):
         load(table(tmp_path, [value] * 3), tmp_path, is_folder=False)
 
 
-@pytest.mark.parametrize("name", ["metadata.json", "metadata.jsonl.txt", "Metadata.jsonl", "part/metadata.json"])
+@pytest.mark.parametrize("name", ["metadata.json", "metadata.jsonl.txt", "Metadata.jsonl", "part/Metadata.jsonl"])
 def test_metadata_of_another_name_is_refused(tmp_path, name):
     folder = tmp_path / "images"
     (folder / name).parent.mkdir(parents=True)
     (folder / name).with_name("0.png").write_bytes(png(0))
     (folder / name).write_text(json.dumps([{"file_name": "0.png", "text": "a"}]))
     with pytest.raises(
-        UsageError, match="--data: .*etadata.* is not read under this name; .* call the file metadata.jsonl"
+        UsageError,
+        match="--data: .*etadata.* is not read under this name; .* call the file metadata.jsonl, or remove it",
     ):
         load(folder, tmp_path, is_folder=True)
 

@@ -6,14 +6,19 @@ import unicodedata
 
 import datasets
 import pytest
+from diffusers import DDPMPipeline
 from PIL import Image
 
+from siss_diffusers.api import unlearn
 from siss_diffusers.auditing import load_training_images
 from siss_diffusers.commands.audit import read_captions
 from siss_diffusers.data.captions import load_captions
 from siss_diffusers.data.images import ImageTransform
+from siss_diffusers.data.memory import rows_of
 from siss_diffusers.data.split import DataSource
+from siss_diffusers.errors import UsageError
 from tests.data.test_folders import forget_set, keep_set, names_of, picture, png_bytes, write, write_lines
+from tests.helpers.paths import TINY_MODEL
 from tests.helpers.untrusted import refusal
 
 
@@ -45,6 +50,11 @@ class TestSavedSets:
         given = DataSource(**{flag: str(folder.parent / "e")}).load()
         assert given.forget_indices == [0] and given.train.passed_over == "the split test (1 rows)"
 
+    def test_the_cure_for_python_is_one_that_it_takes(self, folder):
+        message = refusal(unlearn, DDPMPipeline.from_pretrained(TINY_MODEL), keep=str(folder))
+        assert message.startswith("keep: 2 rows to forget are in the split test")
+        assert message.endswith("or give their images as `forget`")
+
     def test_the_audit_names_the_other_splits(self, folder, capsys):
         assert read_captions(str(folder), "text", None) == ["text 0", "text 1"]
         assert "passed over the split test (3 rows)" in capsys.readouterr().out
@@ -69,9 +79,16 @@ class TestSavedSets:
         (tmp_path / "e" / "cache-1234.arrow").write_bytes(b"")
         assert len(forget_set(tmp_path / "e").rows) == 2
 
-    def test_a_split_that_is_missing(self, folder):
-        (folder / "test" / "state.json").unlink()
-        assert "a split is missing" in refusal(keep_set, folder)
+    @pytest.mark.parametrize("spoil", [lambda file: file.unlink(), lambda file: file.write_text("{")])
+    def test_a_split_that_is_missing_matters_where_it_may_say_what_to_forget(self, folder, spoil, tmp_path):
+        spoil(folder / "test" / "state.json")
+        assert keep_set(folder).passed_over == "the split test (which cannot be loaded)"
+        source = DataSource(train_data_dir=str(folder), forget_data_dir=str(write(tmp_path / "f", "a.png")))
+        assert len(source.load().train.rows) == 2
+        message = refusal(DataSource(dataset_name=str(folder)).load)
+        assert "state.json is missing or not what save_to_disk wrote" in message and "in the split test" in message
+        spoil(folder / "train" / "state.json")
+        assert "train/state.json is missing" in refusal(keep_set, folder)
 
     def test_the_audit_says_that_it_compares_with_files(self, folder):
         assert "is a data set of save_to_disk" in refusal(load_training_images, str(folder), 8)
@@ -85,11 +102,36 @@ class TestSplitsOfFolders:
         write_lines(folder / "test", {"file_name": "c.png", "forget": True, "who": "anna"}, {"file_name": "d.png"})
         return folder
 
-    @pytest.mark.parametrize("chosen", [{}, {"forget_column": "who", "forget_value": "anna"}])
-    def test_rows_to_forget_in_another_split_are_refused(self, folder, chosen):
-        source = DataSource(dataset_name=str(folder), **chosen)
-        assert "1 rows to forget are in the split test" in refusal(source.load)
+    def test_rows_to_forget_in_another_split_are_refused(self, folder):
+        source = DataSource(dataset_name=str(folder))
+        assert "--dataset_name: 1 rows to forget are in the split test" in refusal(source.load)
+        assert len(DataSource(train_data_dir=str(folder)).load().forget_indices) == 2
+
+    def test_rows_of_a_value_in_another_split_are_warned_of_once(self, folder, caplog):
+        """A class has some in every test split."""
+        write(folder, "val/e.png", "val/f.png", "dev/g.png")
+        write_lines(folder / "val", {"file_name": "e.png", "who": "Anna"}, {"file_name": "f.png", "who": "anna "})
+        write_lines(folder / "dev", {"file_name": "g.png", "who": "ben"})
+        chosen = {"forget_column": "who", "forget_value": "anna"}
+        assert DataSource(dataset_name=str(folder), **chosen).load().forget_indices == [0]
+        (warning,) = [text for text in caplog.messages if "those of the split train are forgotten" in text]
+        assert warning.endswith("nothing is used of the others (1 in the split test)")
+        assert (
+            "'anna' may mean 'Anna' or 'anna ' in the column `who`; write it exactly (in the split val" in caplog.text
+        )
+        assert "dev" not in caplog.text and caplog.text.count("The column `forget` marks") == 1
         assert len(DataSource(train_data_dir=str(folder), **chosen).load().forget_indices) == 2
+
+    @pytest.mark.parametrize("name", ["test/more.7z", "test/metadata.csv", "notes.txt", "test/metadata.jsonl"])
+    def test_what_is_wrong_elsewhere_stops_no_run_that_does_not_look_there(self, folder, name, tmp_path):
+        (folder / name).write_text("[")
+        rows = keep_set(folder, by_name=True)
+        assert len(rows.rows) == 2 and rows.passed_over.startswith("the split test (2 images)")
+        assert (name in rows.passed_over) == ("metadata" not in name)
+        source = DataSource(dataset_name=str(folder), forget_data_dir=str(write(tmp_path / "f", "a.png")))
+        assert len(source.load().train.rows) == 2
+        message = refusal(DataSource(dataset_name=str(folder)).load)
+        assert "in the split test" in message and ("notes" in name or name[5:] in message)
 
     def test_marks_there_that_are_neither_yes_nor_no_are_refused(self, folder):
         write_lines(folder / "test", {"file_name": "c.png", "forget": "anna"}, {"file_name": "d.png", "forget": "ben"})
@@ -167,7 +209,7 @@ class TestMetadata:
         folder = write(tmp_path / "f", "a.png", "b.png", "c.png")
         lines = [{"file_name": "a.png", "forget": True}, {"file_name": "b.png"}]
         write_lines(folder, *lines, {"file_name": "c.png", "forget": False})
-        assert "its metadata say forget: false for 1 images (c.png)" in refusal(forget_set, folder)
+        assert "its column `forget` says no of 1 images (c.png)" in refusal(forget_set, folder)
         write_lines(folder, *lines, {"file_name": "c.png", "forget": "yes"})
         assert len(forget_set(folder).rows) == 3
 
@@ -214,12 +256,15 @@ class TestMetadata:
         write_lines(folder, {"file_name": "https://example.org/a.png"})
         assert "which is an address, and nothing is downloaded from it" in refusal(keep_set, folder)
 
-    @pytest.mark.parametrize("name", ["x/y/z/metadata.json", "x/y/metadata.json"])
+    @pytest.mark.parametrize("name", ["x/y/z/metadata.json", "x/y/metadata.json", "x/metadata.json"])
     def test_misnamed_metadata_are_found_at_any_depth(self, name, tmp_path):
+        """Below a training set they may be those of photo albums, and are named."""
         folder = write(tmp_path / "f", "x/y/z/a.png")
         (folder / name).write_text("[]")
-        for load in (forget_set, keep_set, lambda folder: keep_set(folder, by_name=True)):
-            assert "is not read under this name" in refusal(load, folder)
+        assert "is not read under this name" in refusal(forget_set, folder)
+        for by_name in (False, True):
+            rows = keep_set(folder, by_name)
+            assert len(rows.rows) == 1 and f"(1 .json: {name})" in rows.passed_over
 
     @pytest.mark.parametrize("name", ["_metadata.jsonl", "metadata.jsonl.bak", "labels.csv"])
     def test_a_file_that_may_say_what_to_forget_is_named(self, name, tmp_path):
@@ -275,4 +320,31 @@ def test_the_audit_says_of_which_files_it_sees_one_picture(tmp_path):
     assert (
         "all but the first picture of 1 files that hold several (b.gif)"
         in load_training_images(str(folder), 8).passed_over
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("suffix", ["gif", "tiff"])
+def test_the_audit_refuses_a_damaged_second_picture_in_a_sentence(suffix, tmp_path):
+    """Wherever the file ends."""
+    file = tmp_path / f"a.{suffix}"
+    picture(5, "L").save(file, save_all=True, append_images=[picture(6, "L"), picture(7, "L")])
+    content = file.read_bytes()
+    refused = 0
+    for length in range(len(content) // 3, len(content)):
+        file.write_bytes(content[:length])
+        try:
+            load_training_images(str(tmp_path), 8)
+        except UsageError as error:
+            assert f"cannot read {file} (" in str(error)
+            refused += 1
+    assert 0 < refused
+
+
+def test_a_picture_whose_file_was_closed_is_refused(tmp_path):
+    picture(5).save(tmp_path / "a.gif", save_all=True, append_images=[picture(6)])
+    closed = Image.open(tmp_path / "a.gif")
+    closed.close()
+    assert "forget[0] cannot be read (Operation on closed image)" in refusal(
+        rows_of, [closed], "forget", every_file=True
     )

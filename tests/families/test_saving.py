@@ -22,8 +22,8 @@ from tests.helpers.commands import assert_refused, to_argv
 from tests.helpers.paths import TINY_MODEL
 
 
-TEXTS = {"notes.json", "v1-inference.yaml", "terms.txt", "unet/about.md"}
-# What holds the old weights, or may hold pictures of the training set or code, and what is of another run.
+TEXTS = {"unet/about.md"}
+# What holds the old weights, or may hold pictures or captions of the training set or code, and what is of another run.
 LEFT_BEHIND = {
     *("v1-4.ckpt", "whole.safetensors", "vae/diffusion_pytorch_model.bin", "unet/model.non_ema.safetensors"),
     *(
@@ -35,6 +35,7 @@ LEFT_BEHIND = {
         "vae/run.py",
         "LICENSE.png",
     ),
+    *("captions.txt", "prompts.json", "curation.json", "metadata.jsonl", "v1-inference.yaml", "about.md"),
     *("README.md", "receipt.json", "unlearning.json", "near_duplicates.csv", "evaluation.json", "train_log.jsonl"),
 }
 
@@ -83,7 +84,9 @@ def test_every_file_but_the_network_comes_back(checked, full_args, tmp_path, cap
     caplog.set_level("INFO")
     train_siss_sd.main(to_argv(full_args | {"--pretrained_model_name_or_path": str(checked)}))
     before, after = digests(checked), digests(tmp_path / "out")
-    assert before.keys() - LEFT_BEHIND == after.keys() - OF_THE_RUN and TEXTS <= after.keys()
+    assert (
+        before.keys() - LEFT_BEHIND == after.keys() - OF_THE_RUN and TEXTS | {"LICENSE", "LICENSE.md"} <= after.keys()
+    )
     changed = {name for name in before.keys() - LEFT_BEHIND if before[name] != after[name]}
     assert changed == {NETWORK}
     assert all(before[name] != after[name] for name in OF_THE_RUN & before.keys())

@@ -116,6 +116,11 @@ BAD_INPUT = {
         None,
         "unlearning.json is a file; name another folder",
     ),
+    "an output directory below a file": (
+        {"--output_dir": "BELOW_A_FILE", "--report_to": "tensorboard"},
+        None,
+        "error: --output_dir: ",
+    ),
     "missing model": ({"--pretrained_model_name_or_path": "NOWHERE"}, None, "--pretrained_model_name_or_path"),
     "fp16 without a GPU": ({"--mixed_precision": "fp16"}, None, "--mixed_precision fp16"),
     "zero batch": ({"--train_batch_size": "0"}, None, "--train_batch_size"),
@@ -135,6 +140,7 @@ def test_bad_input_is_one_sentence_and_touches_nothing(case, base_args, digits_f
     (tmp_path / "USED").mkdir()
     (tmp_path / "USED" / "unlearning.json").write_text("{}")
     places = {name: str(tmp_path / name) for name in ("EMPTY", "NOWHERE", "USED")} | {"DATA": str(data)}
+    places["BELOW_A_FILE"] = str(tmp_path / "USED" / "unlearning.json" / "out")
     flags = base_args | {"--train_data_dir": str(data)} | flags
     flags = {flag: places.get(value, value) for flag, value in flags.items() if value is not ...}
     assert_refused(main, flags, expected, tmp_path, capfd)
