@@ -9,7 +9,10 @@ import pytest
 
 
 # Before torch is imported: the processes of a launch, and whatever else runs on the machine, must not fight for cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # there is a worker for each core, and it inherits what its parent has set
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from accelerate.state import AcceleratorState
