@@ -137,6 +137,7 @@ def check_kills_of_one_of_two(
     return kills
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["unconditional"], indirect=True)
 def test_one_of_two_processes_killed_and_resumed(script, forker, tmp_path):
     check_kills_of_one_of_two(forker, script, num_kills=1, folder=tmp_path, seed=0)
