@@ -136,7 +136,7 @@ def run_script(
         command += ["--forget_data_dir", str(forget), "--cache_dir", str(cache), "--output_dir", str(output_dir)]
         command += ["--train_batch_size", str(setting.batch), "--max_train_steps", str(steps), "--report_to", "none"]
         command += ["--gradient_accumulation_steps", str(setting.accumulation)]
-        command += flags
+        command += ["--method", "siss", *flags]  # which measures nothing before its first step
         env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if setting.processes > 1:
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
