@@ -174,12 +174,13 @@ def copy_pictures(study: Study, pictures: Path, folder: Path) -> None:
     """Copy the picture of the worst run of each variant on each problem, and that of the base."""
     folder.mkdir(exist_ok=True)
     for problem in study.problems:
-        shutil.copy(pictures / picture_name(f"base/{problem}"), folder)
-        for name in VARIANTS:
-            if lines := study.of("study", problem, name):
-                worst = max(lines, key=lambda line: badness(line, study.bases[line["problem"]]))
-                if not worst.get("failed"):
-                    shutil.copy(pictures / picture_name(worst["key"]), folder / picture_name(f"{problem}/{name}"))
+        runs = {name: lines for name in VARIANTS if (lines := study.of("study", problem, name))}
+        if runs:
+            shutil.copy(pictures / picture_name(f"base/{problem}"), folder)
+        for name, lines in runs.items():
+            worst = max(lines, key=lambda line: badness(line, study.bases[line["problem"]]))
+            if not worst.get("failed"):
+                shutil.copy(pictures / picture_name(worst["key"]), folder / picture_name(f"{problem}/{name}"))
 
 
 def main(argv: list[str] | None = None) -> None:
