@@ -193,12 +193,12 @@ PATHS = ("train_data_dir", "output_dir", "cache_dir", "resume_from_checkpoint", 
 
 @pytest.mark.parametrize("kind", [UnconditionalSettings, TextToImageSettings])
 @pytest.mark.parametrize("name", PATHS)
-def test_a_tilde_means_home(monkeypatch, kind, name):
-    monkeypatch.setenv("HOME", "/home/of/me")
+def test_a_tilde_means_home(monkeypatch, tmp_path, kind, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
     settings = parse_settings(kind, "", ["--pretrained_model_name_or_path=~/model", f"--{name}=~/x"])
-    assert settings.pretrained_model_name_or_path == "/home/of/me/model"
-    assert getattr(settings, name) == "/home/of/me/x"
-    assert getattr(kind.from_values({name: "~/x"}), name) == "/home/of/me/x"
+    assert settings.pretrained_model_name_or_path == str(tmp_path / "model")
+    assert getattr(settings, name) == str(tmp_path / "x")
+    assert getattr(kind.from_values({name: "~/x"}), name) == str(tmp_path / "x")
     assert settings.tracker_project_name == kind.from_values({}).tracker_project_name
 
 
