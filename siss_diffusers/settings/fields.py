@@ -1,7 +1,7 @@
 """A setting is one dataclass field: the flag, its check, its help, its resume rule, and whether it may be published."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 from siss_diffusers.errors import UsageError
@@ -18,7 +18,7 @@ def setting(
     help: str,
     *,
     parse: Callable[[str], Any] = str,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     nargs: int | str | None = None,
     const: Any = None,
     metavar: str | tuple[str, ...] | None = None,

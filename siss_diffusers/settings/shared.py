@@ -123,7 +123,7 @@ class Settings:
         resume="free", public=True)
     enable_xformers_memory_efficient_attention: bool = switch("Use xformers' attention.", resume="free", public=True)
 
-    method: str = setting("redirect", f"One of: {METHODS_HELP}.", choices=tuple(METHODS), metavar="METHOD",
+    method: str = setting("redirect", f"One of: {METHODS_HELP}.", choices=METHODS.keys(), metavar="METHOD",
         group=UNLEARNING, public=True)
     method_args: Any = setting((), "Hyperparameters of the method, such as lam=0.5; their defaults stand beside the"
         " methods.", nargs="*", metavar="KEY=VALUE", group=UNLEARNING, resume="free")

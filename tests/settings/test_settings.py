@@ -6,6 +6,7 @@ import pytest
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.flags import add_flags, parse_settings
+from siss_diffusers.methods import METHODS, SISS
 from siss_diffusers.parsing import Parser, path
 from siss_diffusers.settings import TextToImageSettings, UnconditionalSettings, flag_name, resolve
 from siss_diffusers.training.resume import changes, compared_fields, described
@@ -38,6 +39,17 @@ def test_help_tells_the_default():
 def test_flags_left_out_are_the_defaults_of_python(kind):
     parsed = parse_settings(kind, "", MODEL)
     assert parsed == kind(pretrained_model_name_or_path="model", train_data_dir="images")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_method_registered_later_is_a_choice(kind, monkeypatch):
+    class Mine(SISS):
+        name = "mine"
+
+    with pytest.raises(SystemExit):
+        parse_settings(kind, "", [*MODEL, "--method", "mine"])
+    monkeypatch.setitem(METHODS, "mine", Mine)
+    assert parse_settings(kind, "", [*MODEL, "--method", "mine"]).method == "mine"
 
 
 @pytest.mark.parametrize("kind", KINDS)
