@@ -129,8 +129,8 @@ class Settings:
         " methods.", nargs="*", metavar="KEY=VALUE", group=UNLEARNING, resume="free")
     forget_scaling: str | None = setting(None, "How much of the forget gradient g_f is subtracted from the keep gradient"
         " g_k. relative (default): F |g_k| / |g_f|; norm: F / |g_f|, the papers' scaling_norm; fixed: F; nash: the"
-        " bargaining solution of MUNBa.", choices=FORGET_SCALINGS, group=UNLEARNING, public=True)
-    forget_scale: float | None = setting(None, "F of --forget_scaling. Default: 0.1 for fixed, for relative 1 with"
+        " bargaining solution of MUNBa; project: as relative, less what of g_f acts against g_k.", choices=FORGET_SCALINGS, group=UNLEARNING, public=True)
+    forget_scale: float | None = setting(None, "F of --forget_scaling. Default: 0.1 for fixed, for relative and project 1 with"
         " --calibrate_forgetting and 0.1 without; required for norm.", parse=non_negative_float, metavar="F",
         group=UNLEARNING, public=True)
     forget_scale_every: int = setting(1, "Take the norms of --forget_scaling relative or norm every K steps only. A step"
