@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from siss_diffusers.commands.common import (
+    LIST_FORMATS,
     MODEL_FLAG,
     add_model_arguments,
     add_sampling_arguments,
@@ -60,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or a name on the Hub.",
     )
     parser.add_argument("--prompts", nargs="+", help="The memorized prompts.")
-    parser.add_argument("--prompts_file", type=path, help="A text file with a prompt on each line.")
+    parser.add_argument("--prompts_file", type=path, help=f"A list of prompts: {LIST_FORMATS}.")
+    parser.add_argument("--prompt_column", help="Its column of prompts; default: that called text, caption or prompt.")
     parser.add_argument("--audit", type=path, help="The folder of a `siss audit`: its flagged prompts are curated.")
     parser.add_argument(
         "--num_images", type=positive_int, default=128, help="Samples of each prompt; default: %(default)s."
@@ -127,7 +129,7 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
     """
     if args.pretrained_model_name_or_path is None:
         raise UsageError(f"{MODEL_FLAG} is needed to sample from")
-    prompts = read_prompts("--prompts", args.prompts, args.prompts_file)
+    prompts = read_prompts("--prompts", args.prompts, args.prompts_file, args.prompt_column)
     if args.audit is not None:
         prompts = list(dict.fromkeys([*prompts, *flagged_prompts(args.audit)]))
     if not prompts:
