@@ -6,6 +6,7 @@ among them. A prompt is flagged if it exceeds every one of the ordinary prompts.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -166,7 +167,7 @@ def measure_prompts(
     from accelerate import PartialState
 
     from siss_diffusers.auditing import load_references, load_training_images, measure_prompt
-    from siss_diffusers.distributed import on_all_processes
+    from siss_diffusers.distributed import on_all_processes, on_main_process
     from siss_diffusers.families.prompts import warn_of_long_prompts
 
     source, family = open_text_to_image_model(args)
@@ -188,22 +189,35 @@ def measure_prompts(
 
     def measure(numbered: tuple[str, str]) -> dict:
         number, prompt = numbered
-        file = output_dir / "prompts" / f"{number}.json"
-        if file.exists():
-            row = read_object("--output_dir", file)
-            if row.get("prompt") == prompt:
-                return row
         figures, samples = measure_prompt(
             family, pipeline, prompt, args.num_samples, sampling, references.get(prompt, training)
         )
         unknown = {"best_match": None} if references else {}  # of a prompt without a reference
         row = {"number": number, "prompt": prompt} | unknown | figures
         save_grid(output_dir / "samples" / f"{number}.png", samples)
-        write_json(file, row)
+        write_json(output_dir / "prompts" / f"{number}.json", row)
         return row
 
     width = len(str(len(prompts)))
     numbered = [(f"{index:0{width}d}", prompt) for index, prompt in enumerate(prompts, start=1)]
-    announce(f"Sampling {count_of(len(prompts), 'prompt')}, {count_of(args.num_samples, 'sample')} each")
-    rows = on_all_processes(measure, numbered, "Prompts")
-    return rows if state.is_main_process else None
+    # Only what is left is shared out: a process without work would wait for the others, and not for ever.
+    rows = on_main_process(lambda: read_measured(output_dir, numbered))
+    left = [entry for entry in numbered if entry not in rows]
+    announce(f"Sampling {count_of(len(left), 'prompt')}, {count_of(args.num_samples, 'sample')} each")
+    rows |= zip(left, on_all_processes(measure, left, "Prompts"), strict=True)
+    return [rows[entry] for entry in numbered] if state.is_main_process else None
+
+
+def read_measured(output_dir: Path, numbered: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict]:
+    """Return the figures that an earlier, interrupted audit left, by number and prompt.
+
+    Raises:
+        UsageError: for a file that cannot be read.
+    """
+    rows = {}
+    for number, prompt in numbered:
+        file = output_dir / "prompts" / f"{number}.json"
+        row = read_object("--output_dir", file) if file.exists() else {}
+        if row.get("prompt") == prompt:
+            rows[number, prompt] = row
+    return rows

@@ -98,9 +98,9 @@ def start_processes() -> None:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    from siss_diffusers.distributed import check_launch
+    from siss_diffusers.distributed import PATIENCE, check_launch
 
-    check_launch(PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes)
+    check_launch(PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE).num_processes)
 
 
 def cli() -> None:

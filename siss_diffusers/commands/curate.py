@@ -207,7 +207,7 @@ def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir:
     from accelerate import PartialState
 
     from siss_diffusers.curation import sample_prompt
-    from siss_diffusers.distributed import on_all_processes
+    from siss_diffusers.distributed import on_all_processes, on_main_process
     from siss_diffusers.families.prompts import warn_of_long_prompts
 
     source, family = open_text_to_image_model(args)
@@ -220,20 +220,25 @@ def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir:
         write_json(output_dir / "curation.json", {"settings": settings})
     state.wait_for_everyone()
 
-    def draw_batch(batch: tuple[int, int]) -> None:
+    def files_of(batch: tuple[int, int]) -> list[Path]:
         prompt_index, start = batch
         indices = range(start, min(start + args.batch_size, args.num_images))
-        files = [output_dir / "samples" / image_name(prompt_index, index) for index in indices]
-        if all(file.exists() for file in files):
-            return
+        return [output_dir / "samples" / image_name(prompt_index, index) for index in indices]
+
+    def draw_batch(batch: tuple[int, int]) -> None:
+        prompt_index, start = batch
+        files = files_of(batch)
         seeded = replace(sampling, seed=sampling.seed + start)
         for image, file in zip(sample_prompt(family, pipeline, prompts[prompt_index], len(files), seeded), files):
             # What is no number becomes black, and is left out as broken.
             save_picture(image if image.isfinite().all() else torch.zeros_like(image), file)
 
     starts = range(0, args.num_images, args.batch_size)
+    batches = [(index, start) for index in range(len(prompts)) for start in starts]
     announce(f"Sampling {count_of(len(prompts), 'prompt')}, {count_of(args.num_images, 'sample')} each")
-    on_all_processes(draw_batch, [(index, start) for index in range(len(prompts)) for start in starts], "Batches")
+    # Only what is left is shared out: a process without work would wait for the others, and not for ever.
+    left = on_main_process(lambda: [batch for batch in batches if not all(file.exists() for file in files_of(batch))])
+    on_all_processes(draw_batch, left, "Batches")
 
 
 def split_prompts(

@@ -155,4 +155,8 @@ def unique_images(images: Images) -> list[int]:
 
 def load_pictures(images: Images, rows: Sequence[int]) -> Tensor:
     """Read pictures, `(N, C, H, W)` in [0, 1]."""
-    return torch.stack([images.load(index) for index in rows]) / 2 + 0.5
+    # In place: 2,000 pictures of 512 pixels take 6 GB, and there may be no room for them twice.
+    pictures = torch.empty(len(rows), *images.load(rows[0]).shape)
+    for place, index in enumerate(rows):
+        pictures[place] = images.load(index)
+    return pictures.div_(2).add_(0.5)

@@ -1,5 +1,6 @@
 """One model as the metrics see it."""
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -54,8 +55,10 @@ class MeasuredModel:
         return self._results[compute]
 
     def release(self) -> None:
-        """Let go of the pipeline. Samples that were drawn stay."""
+        """Let go of the pipeline, and free its memory for the next one. Samples that were drawn stay."""
         self.pipeline = None
+        gc.collect()  # networks are full of cycles
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
     # --- samples
 

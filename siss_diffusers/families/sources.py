@@ -166,7 +166,16 @@ class NamedPipeline:
                 **(unused | components),
             )
         refuse_missing_weights(pipeline.components, self.name, self.flag)
+        take_pictures_one_by_one(pipeline)
         return pipeline
+
+
+def take_pictures_one_by_one(pipeline: Any) -> None:
+    """Let the VAE of a pipeline, where it has one, encode and decode a batch picture by picture: 32 pictures of 512 pixels
+    at once take 24 GiB. It also makes a picture independent of its batch."""
+    vae = pipeline.components.get("vae")
+    if vae is not None:
+        vae.enable_slicing()
 
 
 def refuse_missing_weights(components: dict[str, Any], name: str, flag: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling, silenced
-from siss_diffusers.families.sampling import sample_in_batches
+from siss_diffusers.families.sampling import latent_sampler, sample_in_batches
 
 
 EMBEDDING_BATCH = 32
@@ -96,14 +96,14 @@ class StableDiffusion(Family):
         sampling: Sampling,
         progress: str | None = None,
     ) -> Tensor:
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        from diffusers import StableDiffusionPipeline
 
         sampler = StableDiffusionPipeline(
             vae=pipeline.vae,
             text_encoder=None,
             tokenizer=None,
             unet=pipeline.unet,
-            scheduler=DDIMScheduler.from_config(pipeline.scheduler.config),
+            scheduler=latent_sampler(pipeline.scheduler.config),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -113,7 +113,7 @@ class StableDiffusion(Family):
         negative = unconditional.tensors["encoder_hidden_states"]
 
         def draw(rows: slice, generators: list[torch.Generator]) -> Tensor:
-            return sampler(
+            latents = sampler(
                 prompt_embeds=embeds[rows],
                 negative_prompt_embeds=negative.expand(len(generators), -1, -1),
                 generator=generators,
@@ -121,8 +121,9 @@ class StableDiffusion(Family):
                 guidance_scale=sampling.guidance_scale,
                 height=self.resolution,
                 width=self.resolution,
-                output_type="pt",
+                output_type="latent",
             ).images
+            return self.decode(pipeline, latents)
 
         return sample_in_batches(draw, len(conditions), sampling, pipeline.unet, progress)
 

@@ -111,6 +111,8 @@ class Settings:
         " launch` or its configuration says.",
         choices=("no", "fp16", "bf16"), public=True)
     allow_tf32: bool = switch("Let Ampere and newer GPUs multiply in TF32.", public=True)
+    deterministic: bool = switch("Use only GPU kernels that give the same bits every time; slower.", resume="free",
+        public=True)
     prediction_type: str | None = setting(None, "What the model predicts; default: what its scheduler says.",
         choices=("epsilon", "v_prediction", "sample"), public=True)
     checkpointing_steps: int = setting(500, "Save a checkpoint every so many steps.", parse=positive_int,

@@ -108,9 +108,10 @@ class Validation:
         settings, unconditional = self.settings, None
         conditions = Conditions({}, samples_of_each)
         if rows:
-            conditions = self.samples.conditions[[row for row in rows for _ in range(samples_of_each)]]
-            unconditional = self.samples.conditions[[self.samples.empty_row]]
-        with self.network.averaged(), self.accelerator.autocast():
+            conditions = self.samples.conditions_of([row for row in rows for _ in range(samples_of_each)])
+            unconditional = self.samples.conditions_of([self.samples.empty_row])
+        # Not under autocast: the network has its own, and the VAE decodes in float32, as in `siss evaluate`.
+        with self.network.averaged():
             images = self.family.sample(self.pipeline, conditions, unconditional, sampling_of(settings))
             self.network.reshard()
         return images

@@ -58,7 +58,9 @@ def test_an_interrupted_audit_goes_on_and_an_other_one_is_refused(model, tmp_pat
     (out / "prompts" / "2.json").unlink()
     (out / "samples" / "2.png").unlink()
     before = (out / "prompts" / "1.json").stat().st_mtime_ns
+    capfd.readouterr()
     run_siss(*flags(model, out, "--prompts", "a cat", "a dog"))
+    assert "Sampling 1 prompt, 2 samples each" in capfd.readouterr().out  # what is left, shared out
     assert json.loads((out / "audit.json").read_text()) == whole and (out / "samples" / "2.png").exists()
     assert (out / "prompts" / "1.json").stat().st_mtime_ns == before
     message = siss_error(capfd, *flags(model, out, "--prompts", "a cat", "--seed", "1"))

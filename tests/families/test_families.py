@@ -22,7 +22,8 @@ from siss_diffusers.families import (
     Unconditional,
     find_family,
 )
-from siss_diffusers.families.prompts import Prompts, warn_of_long_prompts
+from siss_diffusers.families.loading import load_for_sampling
+from siss_diffusers.families.prompts import PROMPTS_AT_ONCE, Prompts, warn_of_long_prompts
 from siss_diffusers.families.stable_diffusion import EMBEDDING_BATCH
 from tests.helpers import tiny_ddpm, tiny_sd
 
@@ -146,6 +147,41 @@ def test_prompts_are_embedded_in_batches(loaded, monkeypatch):
     assert max(lengths) <= EMBEDDING_BATCH and sum(lengths) == count == len(many)
     for name, tensor in family.embed(pipeline, PROMPTS[:1]).tensors.items():
         torch.testing.assert_close(many.tensors[name], tensor.expand_as(many.tensors[name]), rtol=1e-4, atol=1e-5)
+
+
+@with_prompts
+def test_a_prompt_is_embedded_in_a_batch_of_the_same_size_whatever_the_others(loaded, monkeypatch):
+    """Kernels are chosen by shape, and two of them may differ in the last bits."""
+    family, pipeline = loaded
+    encode, lengths = pipeline.encode_prompt, []
+
+    def spy(prompt, *args, **kwargs):
+        lengths.append(len(prompt))
+        return encode(prompt, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "encode_prompt", spy)
+    prompts = Prompts(family, pipeline)
+    numbers = prompts.number(["a photograph", *(f"a photograph of {number}" for number in range(PROMPTS_AT_ONCE))])
+    (alone, _), (table, row_of) = prompts.embed(numbers[:1]), prompts.embed(numbers)
+    assert lengths == [PROMPTS_AT_ONCE] * 3 and len(table) == len(numbers) and row_of[numbers[0]] == 0
+    for name, tensor in alone.tensors.items():
+        assert tensor[0].equal(table.tensors[name][0])
+
+
+def test_pictures_reach_the_vae_one_by_one(folder):
+    """32 pictures of 512 pixels at once would take 24 GiB."""
+    family_class, path = folder
+    if not family_class.has_latents:
+        return
+    source = NamedPipeline(str(path))
+    family, sizes = family_class.from_source(source), []
+    for pipeline in (load_for_sampling(source, family, "cpu"), source.load_without_network(family)):
+        for part in (pipeline.vae.encoder, pipeline.vae.decoder):
+            part.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+        pictures = torch.rand(3, family.channels, family.resolution, family.resolution)
+        mean, _ = family.encode(pipeline, pictures * 2 - 1)
+        family.decode(pipeline, family.latent_scaling(pipeline)(mean))
+    assert sizes == [1] * 12
 
 
 def test_pictures_survive_the_way_to_the_network_and_back(loaded):
