@@ -10,13 +10,16 @@ from torch import Tensor
 
 from siss_diffusers.data.captions import load_captions
 from siss_diffusers.data.images import Images, ImageTransform
+from siss_diffusers.data.sources import load_image_rows
 from siss_diffusers.data.split import GivenRows, split_data
 from siss_diffusers.errors import UsageError
+from siss_diffusers.evaluation.settings import EvaluationSettings
 from siss_diffusers.families import Family
 from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES
 
 
 MAX_ORDINARY_PROMPTS = 64
+SPARE_CONTROLS = 16  # never seen pictures that are read beyond those that are attacked
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class EvaluationData:
         keep_prompts: `(M,)`, the number in `prompts` of each image of `keep`; None if they have other prompts.
         ordinary_prompts: other prompts of images to keep.
         ordinary_images: images to keep that ordinary samples are compared with; None if nothing compares them.
+        never_seen: pictures that the model was not trained on; None where none were given.
         prompt_classes: the number of the class that an ordinary prompt asks for, for the accuracy of a classifier.
     """
 
@@ -43,6 +47,7 @@ class EvaluationData:
     keep_prompts: Tensor | None
     ordinary_prompts: Sequence[str] = ()
     ordinary_images: Tensor | None = None
+    never_seen: Tensor | None = None
     prompt_classes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -160,3 +165,17 @@ def load_pictures(images: Images, rows: Sequence[int]) -> Tensor:
     for place, index in enumerate(rows):
         pictures[place] = images.load(index)
     return pictures.div_(2).add_(0.5)
+
+
+def load_never_seen(settings: EvaluationSettings, family: Family) -> Tensor:
+    """Read pictures that the model never saw, `(N, C, H, W)` in [0, 1]: a few more than are used, for a detector may take one
+    for a forget image.
+
+    Raises:
+        UsageError: for a folder that is not there or holds no image, or an image that cannot be read.
+    """
+    rows = load_image_rows(
+        "--never_seen_dir", settings.never_seen_dir, "image", is_folder=True, cache_dir=settings.cache_dir
+    )
+    images = rows.images(ImageTransform(family.channels, family.resolution, center_crop=True))
+    return load_pictures(images, unique_images(images)[: SPARE_CONTROLS + settings.attack_controls])

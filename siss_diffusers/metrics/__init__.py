@@ -10,6 +10,7 @@ from siss_diffusers.metrics import (
     copies,
     distribution,
     drift,
+    embedding_attack,
     features,
     inception_score,
     injection,
@@ -44,6 +45,8 @@ METRICS: dict[str, Metric] = {
         distribution.COVERAGE,
         likelihood.NLL_FORGET_BPD,
         likelihood.NLL_KEEP_BPD,
+        embedding_attack.ATTACKED_COPY_SHARE,
+        embedding_attack.ATTACKED_CONTROL_SHARE,
         features.SSCD_FORGET,
         clip.CLIP_IQA,
         clip.CLIP_SCORE,
@@ -57,6 +60,7 @@ PROBES: dict[str, Probe] = {
         injection.INJECTION,
         variations.PARAPHRASES,
         variations.PROMPT_NOISE,
+        embedding_attack.EMBEDDING_ATTACK,
         relearning.RELEARNING,
     )
 }
