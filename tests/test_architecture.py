@@ -24,7 +24,7 @@ FLOORS = (
     ("data",),
     ("metrics",),
     ("hub", "report"),
-    ("curation", "auditing", "evaluation"),
+    ("curation", "auditing", "evaluation", "fusing"),
     ("training",),
     ("outcome", "unlearning", "api"),
     ("assets",),

@@ -1,4 +1,4 @@
-"""The console script `siss`: `siss audit`, `siss curate`, `siss evaluate`, `siss push`."""
+"""The console script `siss`: `siss audit`, `siss curate`, `siss evaluate`, `siss fuse`, `siss push`."""
 
 import sys
 from dataclasses import dataclass
@@ -38,6 +38,11 @@ COMMANDS = {
     "evaluate": Command(
         "siss_diffusers.commands.evaluate",
         "Measure what a model forgot and what it kept: base and unlearned models, on the same seeds.",
+    ),
+    "fuse": Command(
+        "siss_diffusers.commands.fuse",
+        "Make an unlearning adapter part of its base: a whole pipeline, from which the adapter cannot be taken out again.",
+        runs_models=False,
     ),
     "push": Command(
         "siss_diffusers.commands.push",
