@@ -11,17 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ROOT, Results, as_flags, make_parser, read_lines, run_part, write_captioned
-from diffusers import DDPMScheduler, StableDiffusionPipeline
-from step_cost_sd import build_models
 
 import siss_diffusers
-from siss_diffusers.assets.captioned import CAPTIONS
-from siss_diffusers.assets.make_tiny_sd import make_tokenizer
 from siss_diffusers.storage.files import LORA_FILE
 
 
@@ -36,6 +30,13 @@ LOGGED = {
 
 def write_pipeline(folder: Path) -> None:
     """Write a pipeline of Stable Diffusion 1.5's size, random weights in half precision."""
+    import torch
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from step_cost_sd import build_models
+
+    from siss_diffusers.assets.captioned import CAPTIONS
+    from siss_diffusers.assets.make_tiny_sd import make_tokenizer
+
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):  # a billion random numbers
