@@ -70,7 +70,8 @@ class Report:
 
     def write(self) -> None:
         """Write the file."""
-        self.content["bars"] = read_bars(self.content["parts"])
+        if not self.content["tiny"]:  # whose figures mean nothing
+            self.content["bars"] = read_bars(self.content["parts"])
         write_json(self.file, self.content)
 
     def update(self, part: str, **entries: object) -> None:
@@ -131,9 +132,9 @@ def run_parts(parts: list[Part], ends: float, folder: Path, report: Report, tiny
 
 
 def install_carried(folder: Path) -> None:
-    """Install the wheels that `prepare.sh` collected, where diffusers is missing, for this check alone."""
+    """Install the wheels that `prepare.sh` collected, where a package is missing, for this check alone."""
     wheels = sorted(CARRIED.glob("wheels/*.whl"))
-    if find_spec("diffusers") is not None or not wheels:
+    if all(find_spec(name) for name in ("diffusers", "datasets", "peft")) or not wheels:
         return
     site = folder / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
@@ -160,12 +161,15 @@ def describe() -> dict:
 
 
 def find_commit() -> str | None:
-    """Return the commit of the checkout, or of the one that `prepare.sh` ran in."""
+    """Return the commit of the checkout; of a copy without its history, that of the checkout that `prepare.sh` ran in."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        said = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+        )
+        if said.returncode == 0:
+            return said.stdout.strip()
     carried = CARRIED / "commit"
-    if carried.exists():
-        return " ".join(carried.read_text().split())
-    said = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return said.stdout.strip() or None
+    return " ".join(carried.read_text().split()) if carried.exists() else None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,16 +61,16 @@ LORA = {"--use_lora": None}
 ADAPTER_CASE = "LoRA, bf16, siss, validation"
 CASES = (
     Case(ADAPTER_CASE, SD, LORA | {"--mixed_precision": "bf16"} | SISS | LOOK_SD, tiny=True),
-    Case("LoRA, fp16", SD, LORA | {"--mixed_precision": "fp16"} | LOOK_SD),
-    Case("full, fp16, siss", SD, {"--mixed_precision": "fp16"} | SISS | LOOK_SD),
-    Case("full, bf16", SD, {"--mixed_precision": "bf16"}),
-    Case("full", SD, {}),
     Case(
         "LoRA, compiled",
         SD,
         LORA | {"--mixed_precision": "bf16"},
         environment={"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
     ),
+    Case("LoRA, fp16", SD, LORA | {"--mixed_precision": "fp16"} | LOOK_SD),
+    Case("full, fp16, siss", SD, {"--mixed_precision": "fp16"} | SISS | LOOK_SD),
+    Case("full, bf16", SD, {"--mixed_precision": "bf16"}),
+    Case("full", SD, {}),
     Case("full, 8-bit Adam", SD, {"--use_8bit_adam": None} | SISS, needs="bitsandbytes"),
     Case("full, EMA, gradient checkpointing", SD, {"--use_ema": None, "--gradient_checkpointing": None} | LOOK_SD),
     Case("LoRA, latents not cached", SD, LORA | {"--no-cache_latents": None, "--mixed_precision": "bf16"}),
@@ -172,8 +172,8 @@ def run_scripts(args: argparse.Namespace, results: Results) -> None:
         chosen.append(case)
     with ThreadPoolExecutor(1 if args.tiny else AT_ONCE) as pool:
         futures = {pool.submit(run_case, case, args.folder): case for case in chosen}
-        for future, case in futures.items():
-            results.add(case.name, **future.result())
+        for future in as_completed(futures):
+            results.add(futures[future].name, **future.result())
     (adapter,) = [path.parent for path in args.folder.glob(f"LoRA__bf16__siss*/{LORA_FILE}")] or [None]
     if adapter is not None:
         results.add("adapter at scale 0", **look_at_adapter(adapter, "cpu" if args.tiny else "cuda"))
