@@ -30,7 +30,7 @@ class Conditions:
 
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> "Conditions":
         """Select rows, by numbers or by a slice."""
-        numbers = rows if isinstance(rows, Tensor) else torch.arange(self.size)[rows]
+        numbers = rows if isinstance(rows, Tensor) and rows.dtype == torch.long else torch.arange(self.size)[rows]
         return Conditions({name: t[numbers.to(t.device)] for name, t in self.tensors.items()}, len(numbers))
 
     @property
