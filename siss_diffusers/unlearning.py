@@ -138,6 +138,8 @@ def with_family_defaults(settings: Settings, family: Family, source: PipelineSou
     """
     if settings.learning_rate is None:
         settings = settings.replace(learning_rate=settings.default_learning_rate(family.width(source)))
+    if settings.guidance_scale is None:
+        settings = settings.replace(guidance_scale=family.default_guidance_scale)
     if not family.lora_targets:
         return settings
     settings = settings.replace(lora_target_modules=list(settings.lora_target_modules or family.lora_targets))

@@ -4,11 +4,12 @@ from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling, silenced
 from siss_diffusers.families.sources import LoadedPipeline, NamedPipeline
 from siss_diffusers.families.stable_diffusion import StableDiffusion
+from siss_diffusers.families.stable_diffusion_xl import StableDiffusionXL
 from siss_diffusers.families.unconditional import Unconditional
 from siss_diffusers.noising import GaussianPath
 
 
-FAMILIES: tuple[type[Family], ...] = (Unconditional, StableDiffusion)
+FAMILIES: tuple[type[Family], ...] = (Unconditional, StableDiffusion, StableDiffusionXL)
 
 
 def find_family(source: PipelineSource, *, with_prompts: bool | None = None) -> type[Family]:
@@ -26,9 +27,10 @@ def find_family(source: PipelineSource, *, with_prompts: bool | None = None) -> 
             check_named(source, family)
             check_scheduler(source, family)
             return family
+    titles = [family.title for family in allowed]
     raise UsageError(
         f"{source.flag}: {source.describe()} is a {source.pipeline_config['_class_name']}, which is not supported here;"
-        f" use {' or '.join(family.title for family in allowed)}"
+        f" use {', '.join(titles[:-1])}{' or ' * bool(titles[:-1])}{titles[-1]}"
     )
 
 
@@ -38,8 +40,7 @@ def check_named(source: PipelineSource, family: type[Family]) -> None:
     Raises:
         UsageError: naming the one that is missing.
     """
-    texts = ("tokenizer",) if family.has_prompts else ()
-    for component in (family.network_name, "scheduler", *family.frozen_components, *texts):
+    for component in (family.network_name, "scheduler", *family.frozen_components, *family.tokenizers):
         value = source.pipeline_config.get(component)
         if not isinstance(value, list) or len(value) != 2 or None in value:
             raise UsageError(
@@ -77,6 +78,7 @@ __all__ = [
     "PipelineSource",
     "Sampling",
     "StableDiffusion",
+    "StableDiffusionXL",
     "Unconditional",
     "find_family",
 ]

@@ -120,6 +120,8 @@ class Family(ABC):
         has_latents: whether a VAE stands between pictures and the network.
         lora_targets: layers that get an adapter by default; empty where adapters are not supported.
         frozen_components: components that are used in training beside the network.
+        tokenizers: components that turn prompts into token ids.
+        default_guidance_scale: of samples, as in the call of the pipeline.
     """
 
     channels: int
@@ -131,6 +133,8 @@ class Family(ABC):
     has_latents: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = ()
     frozen_components: ClassVar[tuple[str, ...]] = ()
+    tokenizers: ClassVar[tuple[str, ...]] = ()
+    default_guidance_scale: ClassVar[float] = 1.0
 
     @classmethod
     @abstractmethod
@@ -221,7 +225,8 @@ class Family(ABC):
         """Draw a sample for each row of `conditions`, the same for the same seed whatever the batch size.
 
         Args:
-            unconditional: one row, which guidance steers away from; None for unconditional models.
+            unconditional: one row, that of the empty prompt, which guidance steers away from; None for unconditional
+                models.
             progress: label of a progress bar; None for none.
 
         Returns:

@@ -73,8 +73,8 @@ class TextToImageSettings(Settings):
     calibrates_by_default: ClassVar[bool] = True
 
     # fmt: off
-    pretrained_model_name_or_path: str = setting("", "A Stable Diffusion 1.x or 2.x pipeline: a folder, or a name on the"
-        " Hub such as CompVis/stable-diffusion-v1-4.", parse=path)
+    pretrained_model_name_or_path: str = setting("", "A text-to-image pipeline, such as one of Stable Diffusion 1.x, 2.x or XL: a"
+        " folder, or a name on the Hub such as CompVis/stable-diffusion-v1-4.", parse=path)
     output_dir: str = setting("siss-sd", "Where the result and the checkpoints are written.", resume="free",
         parse=path)
     non_ema_revision: str | None = setting(None, "Revision of the network that is trained; default: --revision.")
@@ -107,8 +107,9 @@ class TextToImageSettings(Settings):
     validation_prompts: Any = setting((), "Samples of these go to the tracker, copies of forget images blanked out. They"
         " are public; the prompts of forget images are sampled too, and only counted.", nargs="+",
         aliases=("validation_prompt",), group=VALIDATION, resume="free")
-    guidance_scale: float = setting(7.5, "Classifier-free guidance of samples made in training.", parse=non_negative_float, group=VALIDATION,
-        resume="free", public=True)
+    guidance_scale: float | None = setting(None, "Guidance of samples made in training; default: that of the model's"
+        " pipeline, such as 7.5 for Stable Diffusion 1.x.", parse=non_negative_float, group=VALIDATION, resume="free",
+        public=True)
     eval_batch_size: int = setting(4, "Batch of samples made in training.", parse=positive_int, group=VALIDATION,
         resume="free", public=True)
     # fmt: on

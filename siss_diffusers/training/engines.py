@@ -172,7 +172,7 @@ def callable_network(accelerator: Accelerator, model: nn.Module) -> Callable[...
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return model
     network = accelerator.unwrap_model(model)
-    return lambda noisy, *others: network(noisy.to(network.dtype), *others)
+    return lambda noisy, *others, **named: network(noisy.to(network.dtype), *others, **named)
 
 
 def take_step(

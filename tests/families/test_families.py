@@ -1,6 +1,6 @@
 """What the loop may ask of a family, on tiny pipelines of random weights.
 
-A new family is one line in `BUILDERS`. `tests/families/test_<name>.py` has what only that family does.
+A new family is one line in `BUILDERS` of `tests/helpers/tiny_families.py`. `tests/families/test_<name>.py` has what only that family does.
 """
 
 import inspect
@@ -12,60 +12,13 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.families import (
-    FAMILIES,
-    Conditions,
-    LoadedPipeline,
-    NamedPipeline,
-    Sampling,
-    StableDiffusion,
-    Unconditional,
-    find_family,
-)
+from siss_diffusers.families import FAMILIES, Conditions, LoadedPipeline, NamedPipeline, Sampling, find_family
 from siss_diffusers.families.prompts import Prompts, warn_of_long_prompts
-from siss_diffusers.families.stable_diffusion import EMBEDDING_BATCH
-from tests.helpers import tiny_ddpm, tiny_sd
+from siss_diffusers.families.text_to_image import EMBEDDING_BATCH
+from tests.helpers.tiny_families import BUILDERS, PROMPTS, WITH_PROMPTS, conditions_of
 
 
-# Each builds a tiny pipeline. The scheduler is the one that the pipeline is sampled with, or one with `alphas_cumprod`.
-BUILDERS = {
-    Unconditional: tiny_ddpm.build_pipeline,
-    StableDiffusion: tiny_sd.build_pipeline,
-}
-PROMPTS = ["a photograph", ""]
-
-with_prompts = pytest.mark.parametrize(
-    "folder", [family for family in BUILDERS if family.has_prompts], indirect=True, ids=lambda family: family.__name__
-)
-
-
-@pytest.fixture(scope="module", params=BUILDERS, ids=lambda family: family.__name__)
-def folder(request, tmp_path_factory):
-    """The saved pipeline."""
-    folder = tmp_path_factory.mktemp("tiny")
-    BUILDERS[request.param]().save_pretrained(folder)
-    return request.param, folder
-
-
-@pytest.fixture
-def loaded(folder):
-    """The family, and the pipeline, loaded as in training."""
-    family_class, path = folder
-    source = NamedPipeline(str(path))
-    family = family_class.from_source(source)
-    pipeline = source.load_without_network(family)
-    assert family.network(pipeline) is None
-    source.load_network(family, pipeline)
-    family.network(pipeline).eval()
-    return family, pipeline
-
-
-def conditions_of(family, pipeline, count: int) -> tuple[Conditions, Conditions | None]:
-    """Return so many rows of the first prompt, and those of no prompt."""
-    if not family.has_prompts:
-        return Conditions({}, count), None
-    table = family.embed(pipeline, PROMPTS)
-    return table[[0] * count], table[[1]]
+with_prompts = pytest.mark.parametrize("folder", WITH_PROMPTS, indirect=True, ids=lambda family: family.__name__)
 
 
 def encoded(pipeline, prompts: list[str]) -> list[Tensor]:
