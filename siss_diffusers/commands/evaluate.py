@@ -190,7 +190,9 @@ def find_models(args: argparse.Namespace, models: dict[str, str]) -> tuple["Fami
                 if find_family(source) is not family_class:
                     raise UsageError(f"{flag}: {where} is not {family.title}, as the base is")
                 if family_class.from_source(source, args.resolution) != family:
-                    raise UsageError(f"{flag}: {where} makes pictures of another size than the base")
+                    raise UsageError(
+                        f"{flag}: {where} makes pictures of another size than the base, or is told other things"
+                    )
         dtype, device = getattr(torch, args.dtype), PartialState().device
         loaders[name] = partial(load_for_sampling, source, family, device, dtype, **adapter)
     return family, loaders

@@ -2,14 +2,21 @@
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling, silenced
+from siss_diffusers.families.flux import Flux
 from siss_diffusers.families.sources import LoadedPipeline, NamedPipeline
 from siss_diffusers.families.stable_diffusion import StableDiffusion
+from siss_diffusers.families.stable_diffusion_3 import StableDiffusion3
 from siss_diffusers.families.stable_diffusion_xl import StableDiffusionXL
 from siss_diffusers.families.unconditional import Unconditional
-from siss_diffusers.noising import GaussianPath
 
 
-FAMILIES: tuple[type[Family], ...] = (Unconditional, StableDiffusion, StableDiffusionXL)
+FAMILIES: tuple[type[Family], ...] = (
+    Unconditional,
+    StableDiffusion,
+    StableDiffusionXL,
+    StableDiffusion3,
+    Flux,
+)
 
 
 def find_family(source: PipelineSource, *, with_prompts: bool | None = None) -> type[Family]:
@@ -55,17 +62,13 @@ def check_scheduler(source: PipelineSource, family: type[Family]) -> None:
         UsageError: for a solver of another kind of model, or a prediction type that is not known.
     """
     scheduler = source.scheduler()
-    name = type(scheduler).__name__
     try:
         with silenced():
-            drawn = GaussianPath.from_scheduler(scheduler)
-            trained = GaussianPath.from_scheduler(family.training_scheduler(scheduler))
-        if drawn.prediction_type != trained.prediction_type or scheduler.config.get("use_flow_sigmas"):
-            raise ValueError(f"{name} samples a flow-matching model")
+            family.check_scheduler(scheduler)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UsageError(
-            f"{source.flag}: {source.describe()} has the scheduler {name}, and {family.title} is trained on the noise"
-            f" levels of a DDPMScheduler, a DDIMScheduler or another of their kind ({error}); name a pipeline with one"
+            f"{source.flag}: {source.describe()} has the scheduler {type(scheduler).__name__}, and {family.title} is"
+            f" trained on the noise levels of {family.schedulers} ({error}); name a pipeline with one"
         ) from error
 
 
@@ -73,11 +76,13 @@ __all__ = [
     "FAMILIES",
     "Conditions",
     "Family",
+    "Flux",
     "LoadedPipeline",
     "NamedPipeline",
     "PipelineSource",
     "Sampling",
     "StableDiffusion",
+    "StableDiffusion3",
     "StableDiffusionXL",
     "Unconditional",
     "find_family",

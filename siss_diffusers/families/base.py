@@ -122,6 +122,8 @@ class Family(ABC):
         frozen_components: components that are used in training beside the network.
         tokenizers: components that turn prompts into token ids.
         default_guidance_scale: of samples, as in the call of the pipeline.
+        sees_case: whether prompts in other case are other conditions.
+        schedulers: the kind of scheduler that it is sampled with, for messages.
     """
 
     channels: int
@@ -135,6 +137,8 @@ class Family(ABC):
     frozen_components: ClassVar[tuple[str, ...]] = ()
     tokenizers: ClassVar[tuple[str, ...]] = ()
     default_guidance_scale: ClassVar[float] = 1.0
+    sees_case: ClassVar[bool] = False
+    schedulers: ClassVar[str] = "a DDPMScheduler, a DDIMScheduler or another of their kind"
 
     @classmethod
     @abstractmethod
@@ -167,6 +171,21 @@ class Family(ABC):
         from diffusers import DDPMScheduler
 
         return DDPMScheduler.from_config(scheduler.config)
+
+    @classmethod
+    def check_scheduler(cls, scheduler) -> None:
+        """Check that a scheduler draws samples along the noise levels of `training_scheduler`.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: saying what is different.
+        """
+        name = type(scheduler).__name__
+        drawn = GaussianPath.from_scheduler(scheduler)
+        trained = GaussianPath.from_scheduler(cls.training_scheduler(scheduler))
+        if scheduler.config.get("use_flow_sigmas"):
+            raise ValueError(f"{name} samples a flow-matching model")
+        if drawn.prediction_type != trained.prediction_type:
+            raise ValueError(f"{name} samples a model of {drawn.prediction_type}, not of {trained.prediction_type}")
 
     def path(self, pipeline) -> GaussianPath:
         """Return the noise levels; their `model_timesteps` are what the network is told."""

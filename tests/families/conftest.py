@@ -3,23 +3,27 @@
 import pytest
 
 from siss_diffusers.families import NamedPipeline
-from tests.helpers.tiny_families import BUILDERS
+from tests.helpers.tiny_families import TINY
 
 
-@pytest.fixture(scope="module", params=BUILDERS, ids=lambda family: family.__name__)
-def folder(request, tmp_path_factory):
-    """The family, and the saved pipeline."""
+@pytest.fixture(scope="module", params=TINY)
+def tiny(request):
+    return TINY[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """The saved pipeline."""
     folder = tmp_path_factory.mktemp("tiny")
-    BUILDERS[request.param]().save_pretrained(folder)
-    return request.param, folder
+    tiny.build().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
-def loaded(folder):
+def loaded(tiny, folder):
     """The family, and the pipeline, loaded as in training."""
-    family_class, path = folder
-    source = NamedPipeline(str(path))
-    family = family_class.from_source(source)
+    source = NamedPipeline(str(folder))
+    family = tiny.family.from_source(source, tiny.resolution)
     pipeline = source.load_without_network(family)
     assert family.network(pipeline) is None
     source.load_network(family, pipeline)

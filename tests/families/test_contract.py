@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import nn
 
 from siss_diffusers import METHODS, PairedGradients, Query, scaling_rule
-from siss_diffusers.families import Sampling, StableDiffusion, StableDiffusionXL
+from siss_diffusers.families import Flux, Sampling, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from siss_diffusers.settings import AdapterSettings
 from siss_diffusers.training.adapters import add_lora, save_lora
-from tests.helpers.tiny_families import BUILDERS, WITH_ADAPTERS, WITH_PROMPTS, conditions_of
+from tests.helpers.tiny_families import TINY, WITH_ADAPTERS, WITH_PROMPTS, conditions_of
 
 
-NO_GUIDANCE = 1.0
 LONG = "secret " * 600  # beyond the limit of every tokenizer
 
-with_prompts = pytest.mark.parametrize("folder", WITH_PROMPTS, indirect=True, ids=lambda family: family.__name__)
-with_adapters = pytest.mark.parametrize("folder", WITH_ADAPTERS, indirect=True, ids=lambda family: family.__name__)
+with_prompts = pytest.mark.parametrize("tiny", WITH_PROMPTS, indirect=True)
+with_adapters = pytest.mark.parametrize("tiny", WITH_ADAPTERS, indirect=True)
 
 
 def draw(shape: tuple[int, ...], *seeds: int) -> torch.Tensor:
@@ -69,18 +69,22 @@ def test_an_answer_does_not_depend_on_the_batch(loaded):
 
 
 @with_prompts
-def test_a_loop_over_the_answers_draws_the_picture_of_the_pipeline(loaded, monkeypatch):
+def test_a_loop_over_the_answers_draws_the_picture_of_the_pipeline(tiny, loaded, monkeypatch):
     """Packing, positions, timesteps, sign and the units of the VAE, all at once."""
     family, pipeline = loaded
     conditions, empty = conditions_of(family, pipeline, 2)
     used = family.sampling_scheduler(pipeline.scheduler)
     with monkeypatch.context() as patched:
         patched.setattr(type(family), "sampling_scheduler", lambda *_: used)
-        expected = family.sample(pipeline, conditions, empty, Sampling(3, NO_GUIDANCE, 2, seed=5))
+        expected = family.sample(pipeline, conditions, empty, Sampling(3, tiny.scale, 2, seed=5))
 
     path, scheduler = family.path(pipeline), family.sampling_scheduler(pipeline.scheduler)
-    scheduler.set_timesteps(3)
-    levels = path.sigmas[used.timesteps.long()]
+    if hasattr(scheduler, "alphas_cumprod"):
+        scheduler.set_timesteps(3)
+        levels = path.sigmas[used.timesteps]
+    else:  # as the pipeline has set them, which may shift them with the size of the picture
+        levels = used.sigmas[:3]
+        scheduler.timesteps, scheduler.sigmas, scheduler.num_inference_steps = used.timesteps, used.sigmas, 3
     latents = draw(latent_shape(family, pipeline), 5, 6)
     with torch.no_grad():
         for timestep, sigma in zip(used.timesteps, levels):
@@ -124,11 +128,65 @@ def official_sdxl(network, tensors, pipeline, latents, noise, indices):
     return official_epsilon(pipeline, latents, noise, indices, predict)
 
 
-OFFICIAL = {StableDiffusion: official_sd, StableDiffusionXL: official_sdxl}
+def official_flow(pipeline, model_input, noise, indices, predict) -> torch.Tensor:
+    """The loss of train_dreambooth_lora_sd3.py (with --precondition_outputs 0) and train_dreambooth_lora_flux.py of
+    diffusers, with --weighting_scheme none. Their timesteps begin with the noisiest."""
+    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    step_indices = noise_scheduler.config.num_train_timesteps - 1 - indices
+    timesteps = noise_scheduler.timesteps[step_indices]
+    sigmas = noise_scheduler.sigmas[step_indices].flatten()[:, None, None, None]
+    noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise
+    model_pred = predict(noisy_model_input, timesteps)
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme="none", sigmas=sigmas)
+    target = noise - model_input
+    return torch.mean(
+        (weighting.float() * (model_pred.float() - target.float()) ** 2).reshape(target.shape[0], -1), 1
+    ).mean()
+
+
+def official_sd3(network, tensors, pipeline, latents, noise, indices):
+    def predict(noisy, timesteps):
+        return network(
+            hidden_states=noisy,
+            timestep=timesteps,
+            encoder_hidden_states=tensors["encoder_hidden_states"],
+            pooled_projections=tensors["pooled_projections"],
+            return_dict=False,
+        )[0]
+
+    return official_flow(pipeline, latents, noise, indices, predict)
+
+
+def official_flux(network, tensors, pipeline, latents, noise, indices):
+    def predict(noisy, timesteps):
+        bsz, channels, height, width = noisy.shape
+        guidance = torch.tensor([3.5]).expand(bsz) if network.config.guidance_embeds else None
+        model_pred = network(
+            hidden_states=FluxPipeline._pack_latents(noisy, bsz, channels, height, width),
+            timestep=timesteps / 1000,
+            guidance=guidance,
+            pooled_projections=tensors["pooled_projections"],
+            encoder_hidden_states=tensors["encoder_hidden_states"],
+            txt_ids=torch.zeros(tensors["encoder_hidden_states"].shape[1], 3),
+            img_ids=FluxPipeline._prepare_latent_image_ids(bsz, height // 2, width // 2, "cpu", torch.float32),
+            return_dict=False,
+        )[0]
+        factor = pipeline.vae_scale_factor
+        return FluxPipeline._unpack_latents(model_pred, height * factor, width * factor, factor)
+
+    return official_flow(pipeline, latents, noise, indices, predict)
+
+
+OFFICIAL = {
+    StableDiffusion: official_sd,
+    StableDiffusionXL: official_sdxl,
+    StableDiffusion3: official_sd3,
+    Flux: official_flux,
+}
 
 
 def test_every_family_is_compared_with_an_official_script():
-    assert set(OFFICIAL) == set(WITH_PROMPTS)
+    assert set(OFFICIAL) == {TINY[name].family for name in WITH_PROMPTS}
 
 
 def flat_gradient(network) -> torch.Tensor:
@@ -176,7 +234,7 @@ def test_a_step_of_naive_deletion_has_the_gradient_of_the_official_script(loaded
 
 
 @with_adapters
-def test_an_adapter_loads_at_its_scale_and_leaves_the_base_at_scale_0(loaded, folder, tmp_path):
+def test_an_adapter_loads_at_its_scale_and_leaves_the_base_at_scale_0(loaded, tmp_path):
     family, pipeline = loaded
     network = family.network(pipeline)
     conditions, _ = conditions_of(family, pipeline, 2)
@@ -209,7 +267,7 @@ def test_an_adapter_loads_at_its_scale_and_leaves_the_base_at_scale_0(loaded, fo
 
 
 def test_builders_make_the_same_pipeline_again():
-    for build in BUILDERS.values():
-        networks = [pipeline.components.get("transformer") or pipeline.unet for pipeline in (build(), build())]
+    for tiny in TINY.values():
+        networks = [getattr(tiny.build(), tiny.family.network_name) for _ in range(2)]
         first, second = (network.state_dict() for network in networks)
         assert all(first[name].equal(second[name]) for name in first)

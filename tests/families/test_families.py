@@ -1,6 +1,7 @@
 """What the loop may ask of a family, on tiny pipelines of random weights.
 
-A new family is one line in `BUILDERS` of `tests/helpers/tiny_families.py`. `tests/families/test_<name>.py` has what only that family does.
+A new family is one line in `TINY` of `tests/helpers/tiny_families.py`. `tests/families/test_<name>.py` has what only that
+family does.
 """
 
 import inspect
@@ -15,10 +16,10 @@ from siss_diffusers.errors import UsageError
 from siss_diffusers.families import FAMILIES, Conditions, LoadedPipeline, NamedPipeline, Sampling, find_family
 from siss_diffusers.families.prompts import Prompts, warn_of_long_prompts
 from siss_diffusers.families.text_to_image import EMBEDDING_BATCH
-from tests.helpers.tiny_families import BUILDERS, PROMPTS, WITH_PROMPTS, conditions_of
+from tests.helpers.tiny_families import PROMPTS, TINY, WITH_PROMPTS, conditions_of
 
 
-with_prompts = pytest.mark.parametrize("folder", WITH_PROMPTS, indirect=True, ids=lambda family: family.__name__)
+with_prompts = pytest.mark.parametrize("tiny", WITH_PROMPTS, indirect=True)
 
 
 def encoded(pipeline, prompts: list[str]) -> list[Tensor]:
@@ -34,21 +35,20 @@ def encoded(pipeline, prompts: list[str]) -> list[Tensor]:
 
 
 def test_every_family_is_here():
-    assert set(BUILDERS) == set(FAMILIES)
+    assert {tiny.family for tiny in TINY.values()} == set(FAMILIES)
 
 
-def test_a_pipeline_is_of_one_family(folder):
-    expected, path = folder
-    source = NamedPipeline(str(path))
-    assert [family for family in FAMILIES if family.fits(source.pipeline_config)] == [expected]
+def test_a_pipeline_is_of_one_family(tiny, folder):
+    source = NamedPipeline(str(folder))
+    assert [family for family in FAMILIES if family.fits(source.pipeline_config)] == [tiny.family]
+    assert find_family(source) is tiny.family
     with pytest.raises(UsageError, match="not supported here; use "):
-        find_family(source, with_prompts=not expected.has_prompts)
+        find_family(source, with_prompts=not tiny.family.has_prompts)
 
 
-def test_a_pipeline_in_memory_reads_as_the_one_on_the_disk(folder):
-    family_class, path = folder
-    named, in_memory = NamedPipeline(str(path)), LoadedPipeline(BUILDERS[family_class]())
-    family = family_class.from_source(named)
+def test_a_pipeline_in_memory_reads_as_the_one_on_the_disk(tiny, folder):
+    named, in_memory = NamedPipeline(str(folder)), LoadedPipeline(tiny.build())
+    family = tiny.family.from_source(named)
     assert find_family(in_memory).from_source(in_memory) == family
     names = [[name for name, _ in source.network_skeleton(family).named_modules()] for source in (named, in_memory)]
     assert names[0] == names[1]
@@ -57,8 +57,10 @@ def test_a_pipeline_in_memory_reads_as_the_one_on_the_disk(folder):
 @with_prompts
 def test_prompts_of_the_same_tokens_are_one_condition(loaded):
     prompts = Prompts(*loaded)
-    assert prompts.number(["a photograph", "A  Photograph", "another", "a photograph"]) == [0, 0, 1, 0]
+    same = "a photograph" if loaded[0].sees_case else "A  Photograph"
+    assert prompts.number(["a photograph", same, "another", "a photograph"]) == [0, 0, 1, 0]
     assert prompts.number([]) == [] and prompts.number(["another"]) == [1]
+    assert prompts.number(["A photograph"]) == [2 if loaded[0].sees_case else 0]
     table, row_of = prompts.embed([1, 1, 0])
     assert len(table) == 2 and row_of == {0: 0, 1: 1}
     assert prompts.truncated == 0
@@ -153,9 +155,9 @@ def test_a_step_of_the_scheduler_with_the_target_as_output_stays_on_the_path(loa
     if hasattr(scheduler, "alphas_cumprod"):
         scheduler = DDIMScheduler.from_config(scheduler.config)
         scheduler.set_timesteps(50)
-    here, there = (
-        (path.model_timesteps - timestep).abs().argmin()[None] for timestep in scheduler.timesteps[step : step + 2]
-    )
+        here, there = scheduler.timesteps[step : step + 2].split(1)
+    else:  # before `set_timesteps` its noise levels are those of training
+        here, there = ((path.sigmas - sigma).abs().argmin()[None] for sigma in scheduler.sigmas[step : step + 2])
     sample, noise = torch.rand(1, 4, 8, 8) * 1.8 - 0.9, torch.randn(1, 4, 8, 8)  # schedulers clip to [-1, 1]
     output, timestep = path.target(sample, noise, here), scheduler.timesteps[step]
     found = scheduler.step(output, timestep, path.add_noise(sample, noise, here)).prev_sample

@@ -2,7 +2,15 @@
 
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from siss_diffusers.assets.make_tiny_sd import make_tokenizer
 
@@ -33,6 +41,31 @@ def clip(tokenizer: CLIPTokenizer, model_class: type = CLIPTextModel) -> CLIPTex
     return model_class(config)
 
 
+def t5_tokenizer(length: int = 24) -> T5Tokenizer:
+    """A Unigram over characters and a few words, which sees case."""
+    words = {f"▁{word}" for prompt in WORDS for word in prompt.split()}
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocab += [(piece, -10.0) for piece in ("▁", *map(chr, range(33, 127)))] + [(word, -2.0) for word in sorted(words)]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=length)
+
+
+def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """A text encoder 32 channels wide."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",  # that of T5 1.1
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return T5EncoderModel(config)
+
+
 def autoencoder(**config) -> AutoencoderKL:
     """An autoencoder of 4 channels, with 2 pixels a latent."""
     return AutoencoderKL(
@@ -45,6 +78,11 @@ def autoencoder(**config) -> AutoencoderKL:
         norm_num_groups=4,
         **config,
     )
+
+
+def flow_autoencoder() -> AutoencoderKL:
+    """As those of Stable Diffusion 3 and FLUX.1: with a shift, and no convolution around the latents."""
+    return autoencoder(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def ready(pipeline):
