@@ -3,11 +3,14 @@
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling, silenced
 from siss_diffusers.families.flux import Flux
+from siss_diffusers.families.flux2 import Flux2Klein
+from siss_diffusers.families.qwen_image import QwenImage
 from siss_diffusers.families.sources import LoadedPipeline, NamedPipeline
 from siss_diffusers.families.stable_diffusion import StableDiffusion
 from siss_diffusers.families.stable_diffusion_3 import StableDiffusion3
 from siss_diffusers.families.stable_diffusion_xl import StableDiffusionXL
 from siss_diffusers.families.unconditional import Unconditional
+from siss_diffusers.families.z_image import ZImage
 
 
 FAMILIES: tuple[type[Family], ...] = (
@@ -16,6 +19,9 @@ FAMILIES: tuple[type[Family], ...] = (
     StableDiffusionXL,
     StableDiffusion3,
     Flux,
+    Flux2Klein,
+    QwenImage,
+    ZImage,
 )
 
 
@@ -77,13 +83,16 @@ __all__ = [
     "Conditions",
     "Family",
     "Flux",
+    "Flux2Klein",
     "LoadedPipeline",
     "NamedPipeline",
     "PipelineSource",
+    "QwenImage",
     "Sampling",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
     "Unconditional",
+    "ZImage",
     "find_family",
 ]

@@ -43,9 +43,17 @@ class Conditions:
 
     @staticmethod
     def cat(parts: Sequence["Conditions"]) -> "Conditions":
-        """Put tables of the same names below each other."""
-        joined = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-        return Conditions(joined, sum(len(part) for part in parts))
+        """Put tables of the same names below each other. Sequences `(size, L, ...)` are padded by zeros at their end to the
+        longest; what tells a network where they end is one of the tensors."""
+
+        def joined(tensors: list[Tensor]) -> Tensor:
+            if tensors[0].ndim > 1:
+                longest, other_axes = max(tensor.shape[1] for tensor in tensors), [0, 0] * (tensors[0].ndim - 2)
+                tensors = [nn.functional.pad(t, (*other_axes, 0, longest - t.shape[1])) for t in tensors]
+            return torch.cat(tensors)
+
+        tensors = {name: joined([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        return Conditions(tensors, sum(len(part) for part in parts))
 
 
 @dataclass(frozen=True)

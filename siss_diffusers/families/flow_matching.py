@@ -1,7 +1,8 @@
 """What pipelines of transformers that were trained by flow matching share."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from siss_diffusers.families.text_to_image import TextToImage
 from siss_diffusers.noising import GaussianPath
 
 
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 # Of joint attention, whose blocks have projections of the text beside those of the picture.
 JOINT_ATTENTION = (
     *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
@@ -29,6 +31,11 @@ class FlowMatching(TextToImage):
     sees_case = True
     patch = 2
     max_sequence_length: ClassVar[int]
+
+    @classmethod
+    def latent_size(cls, config: dict) -> int:
+        # Positions that are rotations know no size; 128 is the default of the pipelines.
+        return config.get("sample_size") or 128
 
     def width(self, source: PipelineSource) -> int:
         config = source.component_config(self.network_name)
@@ -55,3 +62,9 @@ class FlowMatching(TextToImage):
 
     def sampling_scheduler(self, scheduler):
         return type(scheduler).from_config(scheduler.config)
+
+
+def chat_texts(tokenizer: Any, prompts: Sequence[str], enable_thinking: bool) -> list[str]:
+    """Return prompts in the chat template of a language model, as pipelines hand them to its tokenizer."""
+    template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enable_thinking}
+    return [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **template) for prompt in prompts]

@@ -44,10 +44,6 @@ class Flux(FlowMatching):
     def packed_channels(cls, vae_config: dict) -> int:
         return 4 * vae_config["latent_channels"]
 
-    @classmethod
-    def latent_size(cls, config: dict) -> int:
-        return 128  # positions are rotations and know no size; the pipeline's default
-
     def encode_prompts(self, pipeline, prompts: list[str]) -> dict[str, Tensor]:
         embeds, pooled, _ = pipeline.encode_prompt(
             prompts, device=pipeline.text_encoder.device, max_sequence_length=self.max_sequence_length

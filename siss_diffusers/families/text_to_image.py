@@ -21,17 +21,25 @@ class Normalization:
     """Map latents `(..., C, H, W)` from the VAE's units to those of the network: `(latents - shift) * scale`.
 
     It outlives the VAE, and other processes can unpickle it.
+
+    Args:
+        scale, shift: numbers, or `(C, 1, 1)` with one for each channel.
     """
 
-    scale: float
-    shift: float = 0.0
+    scale: float | Tensor
+    shift: float | Tensor = 0.0
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return (latents - self.shift) * self.scale
+        scale, shift = self._beside(latents)
+        return (latents - shift) * scale
 
     def inverse(self, latents: Tensor) -> Tensor:
         """Map latents back to the VAE's units."""
-        return latents / self.scale + self.shift
+        scale, shift = self._beside(latents)
+        return latents / scale + shift
+
+    def _beside(self, latents: Tensor) -> list[float | Tensor]:
+        return [value.to(latents) if isinstance(value, Tensor) else value for value in (self.scale, self.shift)]
 
 
 class TextToImage(Family):
@@ -39,7 +47,7 @@ class TextToImage(Family):
 
     Class attributes:
         pipeline_class: the `_class_name` of its `model_index.json`.
-        sampler_arguments: what the pipeline that draws samples is made with, beside its components.
+        sampler_arguments: what the pipeline that draws samples is made with, beside its components and its configuration.
         argument_names: from the names of conditions to those of the arguments of the pipeline's call.
         patch: sides of latents are multiples of it.
     """
@@ -116,15 +124,19 @@ class TextToImage(Family):
     # --- prompts
 
     def token_ids(self, pipeline, prompts: Sequence[str]) -> tuple[list[tuple], list[bool]]:
-        seen, too_long = [], []
+        texts, seen, too_long = self.texts_of(pipeline, prompts), [], []
         for name in self.tokenizers:
             tokenizer, length = getattr(pipeline, name), self.token_limit(pipeline, name)
             padded = {"padding": "max_length", "max_length": length, "truncation": True}
-            seen.append(map(tuple, tokenizer(list(prompts), **padded).input_ids))
-            whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+            seen.append(map(tuple, tokenizer(texts, **padded).input_ids))
+            whole = tokenizer(texts, truncation=False, verbose=False).input_ids
             too_long.append([len(ids) > length for ids in whole])
         # What one encoder cuts off, another may see.
         return list(zip(*seen)), [all(cut) for cut in zip(*too_long)]
+
+    def texts_of(self, pipeline, prompts: Sequence[str]) -> list[str]:
+        """Return what the pipeline hands to its tokenizers."""
+        return list(prompts)
 
     def token_limit(self, pipeline, tokenizer_name: str) -> int:
         """Return how many tokens of this tokenizer its text encoder sees.
@@ -185,7 +197,12 @@ class TextToImage(Family):
             self.network_name: self.network(pipeline),
             "scheduler": self.sampling_scheduler(pipeline.scheduler),
         }
-        sampler = type(pipeline)(**(dict.fromkeys(pipeline.components) | used), **self.sampler_arguments)
+        own = {
+            name: value
+            for name, value in pipeline.config.items()
+            if name[0] != "_" and name not in pipeline.components
+        }
+        sampler = type(pipeline)(**(dict.fromkeys(pipeline.components) | own | used | self.sampler_arguments))
         sampler.set_progress_bar_config(disable=True)
 
         def draw(rows: slice, generators: list[torch.Generator]) -> Tensor:

@@ -1,5 +1,6 @@
 """The text-conditional noise norm (Wen et al., arXiv 2407.21720): how hard a prompt pulls, large where it recalls."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,10 +55,10 @@ class TextNoiseNorms:
         timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
         if noisy is None or timestep is None:
             return
-        noisy, timestep = noisy.float(), float(torch.as_tensor(timestep).flatten()[0])  # equal for all rows
+        noisy, timestep = as_batch(noisy).float(), float(torch.as_tensor(timestep).flatten()[0])  # equal for all rows
         if len(noisy) % 2 or not torch.equal(*noisy.chunk(2)):
             return
-        answer = output[0].detach().float()  # of a tuple or of a `UNet2DConditionOutput`
+        answer = as_batch(output[0]).detach().float()  # of a tuple or of a `UNet2DConditionOutput`
         index = int((self.path.model_timesteps - timestep).abs().argmin())
         is_flow = self.path.prediction_type == "flow_prediction"
         compared = answer if is_flow else noise_prediction(self.path, lambda *_: answer)(noisy, index)
@@ -79,6 +80,11 @@ class TextNoiseNorms:
                 "no call under classifier-free guidance was seen: the norm needs a guidance scale above 1"
             )
         return torch.cat([torch.stack(steps) for steps in self.passes], dim=1)
+
+
+def as_batch(pictures: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return pictures `(B, ...)`, which some networks take and answer one by one."""
+    return pictures if isinstance(pictures, Tensor) else torch.stack(list(pictures))
 
 
 def mean_noise_norm(per_step: Tensor) -> Tensor:

@@ -8,15 +8,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import nn
 
 from siss_diffusers import METHODS, PairedGradients, Query, scaling_rule
-from siss_diffusers.families import Flux, Sampling, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from siss_diffusers.families import Sampling
 from siss_diffusers.settings import AdapterSettings
 from siss_diffusers.training.adapters import add_lora, save_lora
+from tests.helpers.official_losses import OFFICIAL
 from tests.helpers.tiny_families import TINY, WITH_ADAPTERS, WITH_PROMPTS, conditions_of
 
 
@@ -95,94 +93,6 @@ def test_a_loop_over_the_answers_draws_the_picture_of_the_pipeline(tiny, loaded,
 
 
 # --- parity with the official scripts
-
-
-def official_epsilon(pipeline, latents, noise, indices, predict) -> torch.Tensor:
-    """The loss of train_text_to_image.py and train_text_to_image_sdxl.py of diffusers."""
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    noisy_latents = noise_scheduler.add_noise(latents, noise, indices)
-    model_pred = predict(noisy_latents, indices)
-    return F.mse_loss(model_pred.float(), noise.float(), reduction="mean")
-
-
-def official_sd(network, tensors, pipeline, latents, noise, indices):
-    def predict(noisy, timesteps):
-        return network(noisy, timesteps, tensors["encoder_hidden_states"], return_dict=False)[0]
-
-    return official_epsilon(pipeline, latents, noise, indices, predict)
-
-
-def official_sdxl(network, tensors, pipeline, latents, noise, indices):
-    def predict(noisy, timesteps):
-        size = tuple(side * pipeline.vae_scale_factor for side in noisy.shape[-2:])
-        add_time_ids = torch.cat([torch.tensor([list(size + (0, 0) + size)]) for _ in noisy])
-        unet_added_conditions = {"time_ids": add_time_ids, "text_embeds": tensors["text_embeds"]}
-        return network(
-            noisy,
-            timesteps,
-            tensors["encoder_hidden_states"],
-            added_cond_kwargs=unet_added_conditions,
-            return_dict=False,
-        )[0]
-
-    return official_epsilon(pipeline, latents, noise, indices, predict)
-
-
-def official_flow(pipeline, model_input, noise, indices, predict) -> torch.Tensor:
-    """The loss of train_dreambooth_lora_sd3.py (with --precondition_outputs 0) and train_dreambooth_lora_flux.py of
-    diffusers, with --weighting_scheme none. Their timesteps begin with the noisiest."""
-    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    step_indices = noise_scheduler.config.num_train_timesteps - 1 - indices
-    timesteps = noise_scheduler.timesteps[step_indices]
-    sigmas = noise_scheduler.sigmas[step_indices].flatten()[:, None, None, None]
-    noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise
-    model_pred = predict(noisy_model_input, timesteps)
-    weighting = compute_loss_weighting_for_sd3(weighting_scheme="none", sigmas=sigmas)
-    target = noise - model_input
-    return torch.mean(
-        (weighting.float() * (model_pred.float() - target.float()) ** 2).reshape(target.shape[0], -1), 1
-    ).mean()
-
-
-def official_sd3(network, tensors, pipeline, latents, noise, indices):
-    def predict(noisy, timesteps):
-        return network(
-            hidden_states=noisy,
-            timestep=timesteps,
-            encoder_hidden_states=tensors["encoder_hidden_states"],
-            pooled_projections=tensors["pooled_projections"],
-            return_dict=False,
-        )[0]
-
-    return official_flow(pipeline, latents, noise, indices, predict)
-
-
-def official_flux(network, tensors, pipeline, latents, noise, indices):
-    def predict(noisy, timesteps):
-        bsz, channels, height, width = noisy.shape
-        guidance = torch.tensor([3.5]).expand(bsz) if network.config.guidance_embeds else None
-        model_pred = network(
-            hidden_states=FluxPipeline._pack_latents(noisy, bsz, channels, height, width),
-            timestep=timesteps / 1000,
-            guidance=guidance,
-            pooled_projections=tensors["pooled_projections"],
-            encoder_hidden_states=tensors["encoder_hidden_states"],
-            txt_ids=torch.zeros(tensors["encoder_hidden_states"].shape[1], 3),
-            img_ids=FluxPipeline._prepare_latent_image_ids(bsz, height // 2, width // 2, "cpu", torch.float32),
-            return_dict=False,
-        )[0]
-        factor = pipeline.vae_scale_factor
-        return FluxPipeline._unpack_latents(model_pred, height * factor, width * factor, factor)
-
-    return official_flow(pipeline, latents, noise, indices, predict)
-
-
-OFFICIAL = {
-    StableDiffusion: official_sd,
-    StableDiffusionXL: official_sdxl,
-    StableDiffusion3: official_sd3,
-    Flux: official_flux,
-}
 
 
 def test_every_family_is_compared_with_an_official_script():

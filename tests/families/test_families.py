@@ -23,7 +23,7 @@ with_prompts = pytest.mark.parametrize("tiny", WITH_PROMPTS, indirect=True)
 
 
 def encoded(pipeline, prompts: list[str]) -> list[Tensor]:
-    """Return the tensors of the pipeline's own `encode_prompt`."""
+    """Return the tensors of the pipeline's own `encode_prompt`, those of a list padded to the longest."""
     values = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     values = {
         name: values.get(name)
@@ -31,7 +31,9 @@ def encoded(pipeline, prompts: list[str]) -> list[Tensor]:
         if name in values or (name != "prompt" and parameter.default is parameter.empty)
     }
     with torch.no_grad():
-        return [value for value in pipeline.encode_prompt(prompts, **values) if isinstance(value, Tensor)]
+        results = pipeline.encode_prompt(list(prompts), **values)
+    lists = [torch.nn.utils.rnn.pad_sequence(value, True) for value in results if isinstance(value, list) and value]
+    return lists + [value for value in results if isinstance(value, Tensor)]
 
 
 def test_every_family_is_here():
@@ -83,7 +85,7 @@ def test_a_prompt_is_what_the_pipeline_makes_of_it(loaded):
     table, expected = family.embed(pipeline, PROMPTS), encoded(pipeline, PROMPTS)
     assert table.tensors and len(table) == len(PROMPTS)
     for name, tensor in table.tensors.items():
-        assert any(tensor.equal(other) for other in expected), name
+        assert not tensor.is_floating_point() or any(tensor.equal(other) for other in expected), name
 
 
 @with_prompts
@@ -103,6 +105,15 @@ def test_prompts_are_embedded_in_batches(loaded, monkeypatch):
         torch.testing.assert_close(many.tensors[name], tensor.expand_as(many.tensors[name]), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def reconstructed(vae, pixels: Tensor) -> Tensor:
+    """Return what a VAE by itself makes of pictures `(B, C, H, W)`; for one of videos each is a frame."""
+    frames = pixels[:, :, None] if "temperal_downsample" in vae.config else pixels
+    encoded = vae.encode(frames)
+    latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+    return vae.decode(latents).sample.reshape(pixels.shape)
+
+
 def test_pictures_survive_the_way_to_the_network_and_back(loaded):
     family, pipeline = loaded
     pictures = torch.rand(2, family.channels, family.resolution, family.resolution)
@@ -111,8 +122,7 @@ def test_pictures_survive_the_way_to_the_network_and_back(loaded):
     assert mean.shape == deviation.shape
     if family.has_latents:
         scaling = pickle.loads(pickle.dumps(scaling))  # other processes scale what is cached
-        assert (deviation > 0).all()
-        expected = (pipeline.vae.decode(mean).sample / 2 + 0.5).clamp(0, 1).detach()
+        expected = (reconstructed(pipeline.vae, pictures * 2 - 1) / 2 + 0.5).clamp(0, 1)
     else:
         assert (deviation == 0).all()
         expected = pictures
@@ -129,19 +139,19 @@ def test_the_answer_of_the_network_has_the_shape_of_the_sample(loaded):
     assert answer.shape == mean.shape and answer.isfinite().all()
 
 
-def test_samples_are_those_of_the_pipeline_and_do_not_depend_on_the_batch(loaded):
+def test_samples_are_those_of_the_pipeline_and_do_not_depend_on_the_batch(tiny, loaded):
     family, pipeline = loaded
     conditions, empty = conditions_of(family, pipeline, 3)
     samples = [
         family.sample(pipeline, conditions, empty, Sampling(2, 3.0, batch_size, seed=5)) for batch_size in (1, 3)
     ]
     torch.testing.assert_close(samples[0], samples[1], rtol=0, atol=1e-5)
-    if hasattr(pipeline.scheduler, "alphas_cumprod"):
+    if family.path(pipeline).prediction_type != "flow_prediction":
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     asked = {"batch_size": 3}
     if family.has_prompts:
         side = {"height": family.resolution, "width": family.resolution}
-        asked = {"prompt": PROMPTS[:1] * 3, "guidance_scale": 3.0} | side
+        asked = {"prompt": PROMPTS[:1] * 3} | side | tiny.guided
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
     own = pipeline(num_inference_steps=2, generator=generators, output_type="np", **asked).images
     torch.testing.assert_close(samples[1], torch.from_numpy(own).permute(0, 3, 1, 2), rtol=0, atol=1e-5)
@@ -152,11 +162,12 @@ def test_a_step_of_the_scheduler_with_the_target_as_output_stays_on_the_path(loa
     """The noise levels, the targets and the timesteps that are trained on are those that the sampler takes."""
     family, pipeline = loaded
     path, scheduler = family.path(pipeline), type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    if hasattr(scheduler, "alphas_cumprod"):
+    if path.prediction_type != "flow_prediction":
         scheduler = DDIMScheduler.from_config(scheduler.config)
         scheduler.set_timesteps(50)
         here, there = scheduler.timesteps[step : step + 2].split(1)
     else:  # before `set_timesteps` its noise levels are those of training
+        scheduler = family.training_scheduler(scheduler)
         here, there = ((path.sigmas - sigma).abs().argmin()[None] for sigma in scheduler.sigmas[step : step + 2])
     sample, noise = torch.rand(1, 4, 8, 8) * 1.8 - 0.9, torch.randn(1, 4, 8, 8)  # schedulers clip to [-1, 1]
     output, timestep = path.target(sample, noise, here), scheduler.timesteps[step]

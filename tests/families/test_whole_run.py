@@ -25,7 +25,7 @@ with_adapters = pytest.mark.parametrize(
 def drawn(pipeline) -> np.ndarray:
     side = {"height": 16, "width": 16}
     generator = torch.Generator().manual_seed(0)
-    return pipeline("a word", num_inference_steps=2, generator=generator, output_type="np", **side).images
+    return pipeline(prompt="a word", num_inference_steps=2, generator=generator, output_type="np", **side).images
 
 
 @with_adapters

@@ -1,19 +1,31 @@
 """A tiny pipeline of random weights of every family."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from siss_diffusers.families import (
     Conditions,
     Family,
     Flux,
+    Flux2Klein,
+    QwenImage,
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
     Unconditional,
+    ZImage,
 )
-from tests.helpers import tiny_ddpm, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from tests.helpers import (
+    tiny_ddpm,
+    tiny_flux,
+    tiny_flux2,
+    tiny_qwen_image,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_z_image,
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class Tiny:
     Args:
         build: makes it. Its scheduler is the one that it is sampled with, or one with `alphas_cumprod`.
         resolution: side of its pictures.
-        asked: arguments of the pipeline's own call beside those that all take.
+        guided: arguments of the pipeline's own call of 3 prompts, by which it draws at a guidance scale of 3.
         scale: the guidance at which the network alone draws: 1 is no classifier-free guidance, and a network that is
             told its guidance draws at the scale that it is told in training.
     """
@@ -31,7 +43,7 @@ class Tiny:
     family: type[Family]
     build: Callable[[], Any]
     resolution: int = 16
-    asked: tuple[tuple[str, Any], ...] = ()
+    guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 3.0})
     scale: float = 1.0
 
 
@@ -42,6 +54,11 @@ TINY = {
     "StableDiffusion3": Tiny(StableDiffusion3, tiny_sd3.build_pipeline),
     "Flux": Tiny(Flux, tiny_flux.build_pipeline, scale=3.5),
     "FluxSchnell": Tiny(Flux, tiny_flux.build_schnell),
+    "Flux2Klein": Tiny(Flux2Klein, tiny_flux2.build_pipeline),
+    "QwenImage": Tiny(
+        QwenImage, tiny_qwen_image.build_pipeline, guided={"true_cfg_scale": 3.0, "negative_prompt": [""] * 3}
+    ),
+    "ZImage": Tiny(ZImage, tiny_z_image.build_pipeline, guided={"guidance_scale": 2.0}),
 }
 WITH_PROMPTS = [name for name, tiny in TINY.items() if tiny.family.has_prompts]
 WITH_ADAPTERS = [name for name, tiny in TINY.items() if tiny.family.lora_targets]

@@ -1,12 +1,16 @@
 """Tokenizers, text encoders and autoencoders of random weights, of which the tiny pipelines are made."""
 
+import json
+
 import torch
 from diffusers import AutoencoderKL
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -64,6 +68,42 @@ def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
         decoder_start_token_id=0,
     )
     return T5EncoderModel(config)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE with merges learnt from a few words, which sees case and white space."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(WORDS, trainer)
+    content = json.loads(bpe.to_str())["model"]
+    vocab, special = content["vocab"], ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    vocab |= {token: len(vocab) + number for number, token in enumerate(special)}
+    merges = [tuple(merge) for merge in content["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, additional_special_tokens=list(special[1:]))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def language_model_config(tokenizer, num_layers: int) -> dict:
+    """Of a language model 16 channels wide."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+    }
 
 
 def autoencoder(**config) -> AutoencoderKL:
