@@ -235,7 +235,9 @@ def prepare_problem(
     network = TrainedNetwork(settings, accelerator, family, source, pipeline)
     # The VAE cannot encode in a subprocess.
     in_subprocesses = samples.is_cached or not family.has_latents
-    batches = pair_batches(settings, method, training_set, samples, sampler, timestep_range, in_subprocesses)
+    batches = pair_batches(
+        settings, method, training_set, samples, sampler, timestep_range, len(path), in_subprocesses
+    )
     return Problem(method, path, network, samples, batches, timestep_range, forget_ranges, planned_windows)
 
 

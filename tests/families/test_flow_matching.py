@@ -7,16 +7,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from siss_diffusers.data.captions import same_captions
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families import Flux, NamedPipeline, Sampling, StableDiffusion3, find_family
 from siss_diffusers.metrics.noise_norm import TextNoiseNorms
+from siss_diffusers.noising import loss_weights, timestep_density
 from siss_diffusers.settings import TextToImageSettings
 from siss_diffusers.storage.files import write_json
 from siss_diffusers.unlearning import with_family_defaults
 from tests.helpers import tiny_flux, tiny_sd3
-from tests.helpers.commands import siss_error
+from tests.helpers.commands import assert_refused, siss_error, to_argv
+from tests.helpers.runs import read_log
+from train_siss_sd import main
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +156,60 @@ def test_dev_is_not_measured_beside_schnell(saved, captioned_folder, tmp_path, c
     flags = ("--base", str(saved["flux"]), "--unlearned", str(saved["schnell"]), "--resolution", "16")
     more = ("--train_data_dir", str(captioned_folder), "--output_dir", str(tmp_path / "out"))
     assert "another size than the base, or is told other things" in siss_error(capfd, "evaluate", *flags, *more)
+
+
+SCHEMES = [
+    ("logit_normal", 0.0, 1.0, 1.29),
+    ("logit_normal", 0.5, 0.7, 1.29),
+    ("mode", 0.0, 1.0, 1.29),
+    ("mode", 0, 1, -0.5),
+]
+
+
+@pytest.mark.parametrize(("scheme", "mean", "std", "scale"), SCHEMES)
+def test_noise_levels_are_drawn_as_often_as_by_the_official_scripts(scheme, mean, std, scale):
+    """Theirs begin with the noisiest."""
+    torch.manual_seed(0)
+    count, levels = 200_000, 20
+    u = compute_density_for_timestep_sampling(scheme, count, mean, std, scale)
+    drawn = (levels - 1 - (u * levels).long().clamp(max=levels - 1)).bincount(minlength=levels)
+    expected = count * timestep_density(scheme, levels, mean, std, scale)
+    assert expected.sum().item() == pytest.approx(count)
+    # The mean of (drawn - expected)^2 / expected is 1 for draws of this density.
+    assert ((drawn - expected) ** 2 / expected).mean() < 2
+
+
+@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap", "logit_normal"])
+def test_losses_are_weighted_as_by_the_official_scripts(scheme):
+    path = StableDiffusion3(3, 16).path(tiny_sd3.build_pipeline())
+    timesteps = torch.tensor([0, 300, 999])
+    weights = loss_weights(path, timesteps, None, scheme)
+    expected = compute_loss_weighting_for_sd3(scheme, path.sigmas[timesteps])
+    torch.testing.assert_close(torch.ones(3) if weights is None else weights, expected)
+
+
+def test_a_scheme_changes_the_training(saved, full_args, tmp_path):
+    losses = {}
+    for scheme, more in {"none": {}, "logit_normal": {"--logit_mean": "3"}, "sigma_sqrt": {}}.items():
+        flags = full_args | {"--pretrained_model_name_or_path": str(saved["sd3"]), "--max_train_steps": "1"} | more
+        main(to_argv(flags | {"--weighting_scheme": scheme, "--output_dir": str(tmp_path / scheme)}))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        losses[scheme] = read_log(tmp_path / scheme)[0]["keep_loss"]
+        record = json.loads((tmp_path / scheme / "unlearning.json").read_text())
+        assert record["settings"]["weighting_scheme"] == scheme
+    assert len(set(losses.values())) == 3
+
+
+REFUSED_FLAGS = {
+    "--logit_mean needs --weighting_scheme logit_normal": {"--logit_mean": "-0.5"},
+    "--mode_scale needs --weighting_scheme mode": {"--weighting_scheme": "logit_normal", "--mode_scale": "0.5"},
+    "--mode_scale must be between -1 and 1.75": {"--weighting_scheme": "mode", "--mode_scale": "2"},
+    "--weighting_scheme logit_normal cannot be used: it is for models of flow matching": {
+        "--weighting_scheme": "logit_normal"
+    },
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED_FLAGS)
+def test_noise_levels_that_cannot_be_drawn_are_refused(sentence, full_args, tmp_path, capfd):
+    assert_refused(main, full_args | REFUSED_FLAGS[sentence], sentence, tmp_path, capfd)
