@@ -1,12 +1,12 @@
-"""Unlearn training images from Stable Diffusion, by LoRA or in full; mirrors diffusers' train_text_to_image.py and
-train_text_to_image_lora.py."""
+"""Unlearn training images from a text-to-image model, such as Stable Diffusion, by LoRA or in full; mirrors diffusers'
+train_text_to_image.py and train_text_to_image_lora.py."""
 
 from siss_diffusers.flags import parse_settings
 from siss_diffusers.process import program_name, run
 from siss_diffusers.settings import TextToImageSettings
 
 
-DESCRIPTION = "Unlearn training images from Stable Diffusion."
+DESCRIPTION = "Unlearn training images from a text-to-image model, such as Stable Diffusion."
 
 
 def main(argv: list[str] | None = None) -> None:

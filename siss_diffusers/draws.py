@@ -46,6 +46,21 @@ def shuffled_index(seed: int, which: int, position: int, size: int) -> int:
     return int(epoch_order(seed, which, epoch, size)[index])
 
 
+def draw_timestep(
+    generator: np.random.Generator, timestep_range: tuple[int, int], density: np.ndarray | None = None
+) -> int:
+    """Draw a timestep in `lo <= t < hi`.
+
+    Args:
+        density: `(T,)`, the probability of each index; None for uniform draws.
+    """
+    if density is None:
+        return int(generator.integers(*timestep_range))
+    low, high = timestep_range
+    cumulative = np.cumsum(density[low:high])
+    return low + int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
+
+
 def torch_seed(seed: int, purpose: int, *key: int) -> int:
     """Return a seed for torch's global generator, for what draws inside the network (dropout)."""
     return int(keyed_generator(seed, purpose, *key).integers(2**63))

@@ -1,5 +1,6 @@
 """Gaussian paths: how a clean sample is mixed with noise, and what the network is asked to predict."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -141,7 +142,50 @@ class GaussianPath:
         return prediction_target(self.prediction_type, sample, noise, self.alphas[timesteps], self.sigmas[timesteps])
 
 
-def loss_weights(path: GaussianPath, timesteps: Tensor, snr_gamma: float | None) -> Tensor | None:
+def flow_loss_weight(scheme: str, sigma: Tensor) -> Tensor | None:
+    """Return the weights `(B,)` of losses of flow matching, as `compute_loss_weighting_for_sd3` of diffusers; None where all
+    are 1.
+
+    Args:
+        scheme: `sigma_sqrt`: 1 / sigma^2; `cosmap` (Esser et al., arXiv 2403.03206, 3.1); any other has none.
+        sigma: `(B,)`.
+    """
+    if scheme == "sigma_sqrt":
+        return sigma**-2
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return None
+
+
+def timestep_density(scheme: str, num_timesteps: int, mean: float, std: float, mode_scale: float) -> Tensor | None:
+    """Return how often the official scripts of flow matching draw each index of a path, `(T,)` float64 with the sum 1, from the
+    least noisy one; None where all are drawn alike.
+
+    They draw u, by `compute_density_for_timestep_sampling` of diffusers, and take `timesteps[int(u T)]`, of which the first
+    is the noisiest. So index T - 1 - i has the probability of `i <= u T < i + 1`.
+
+    Args:
+        scheme: `logit_normal`: u is the sigmoid of a normal number; `mode`: heavy tails (Esser et al., arXiv 2403.03206,
+            3.1); any other is uniform.
+        mean, std: of the normal number.
+        mode_scale: s of the heavy tails.
+    """
+    edges = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
+    if scheme == "logit_normal":
+        cumulative = torch.special.ndtr((torch.logit(edges) - mean) / std)
+    elif scheme == "mode":
+        # u falls from 1 to 0 with a uniform number r, so P(u <= edge) is 1 - r where u = edge.
+        r = torch.linspace(0, 1, 1_000_001, dtype=torch.float64)
+        u = 1 - r - mode_scale * ((math.pi * r / 2).cos() ** 2 - 1 + r)
+        cumulative = 1 - r.flip(0)[torch.searchsorted(u.flip(0), edges).clamp(max=len(r) - 1)]
+    else:
+        return None
+    return cumulative.diff().flip(0)
+
+
+def loss_weights(
+    path: GaussianPath, timesteps: Tensor, snr_gamma: float | None, weighting_scheme: str = "none"
+) -> Tensor | None:
     """Return the weight of each row's loss beside the method's own, `(B,)`; None where all are 1.
 
     A network that predicts the sample is trained on its loss times the signal-to-noise ratio, as in diffusers'
@@ -150,8 +194,11 @@ def loss_weights(path: GaussianPath, timesteps: Tensor, snr_gamma: float | None)
     Args:
         timesteps: `(B,)` indices into the path.
         snr_gamma: of min-SNR weighting, which then takes the place of that; None for none.
+        weighting_scheme: of flow matching, as in `flow_loss_weight`.
     """
     alpha, sigma = path.alphas[timesteps], path.sigmas[timesteps]
     if snr_gamma is not None:
         return min_snr_weight(path.prediction_type, alpha, sigma, snr_gamma)
+    if path.prediction_type == "flow_prediction":
+        return flow_loss_weight(weighting_scheme, sigma)
     return (alpha / sigma) ** 2 if path.prediction_type == "sample" else None

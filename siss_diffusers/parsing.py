@@ -55,6 +55,21 @@ def seed_number(text: str) -> int:
     return value
 
 
+def finite_float(text: str) -> float:
+    """Parse a finite number.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return value
+
+
 def non_negative_float(text: str) -> float:
     """Parse a finite number of at least 0.
 

@@ -12,7 +12,7 @@ from siss_diffusers.combine import Rule
 from siss_diffusers.data.pairs import WindowSampler
 from siss_diffusers.data.split import DataSource, GivenRows
 from siss_diffusers.draws import MODEL, torch_seed
-from siss_diffusers.errors import RunError
+from siss_diffusers.errors import RunError, UsageError
 from siss_diffusers.families import Family, NamedPipeline, PipelineSource, find_family
 from siss_diffusers.gradients.engine import PairedGradients
 from siss_diffusers.outcome import Outcome
@@ -133,11 +133,20 @@ def with_family_defaults(settings: Settings, family: Family, source: PipelineSou
     """Fill in the defaults that depend on the model, and check the targets of an adapter.
 
     Raises:
-        UsageError: for a layer that the network does not have.
+        UsageError: for a setting that is not for this family, or a layer that the network does not have.
     """
     if settings.learning_rate is None:
         settings = settings.replace(learning_rate=settings.default_learning_rate(family.width(source)))
+    if settings.guidance_scale is None:
+        settings = settings.replace(guidance_scale=family.default_guidance_scale)
+    if settings.enable_xformers_memory_efficient_attention and family.network_name != "unet":
+        raise UsageError(
+            f"--enable_xformers_memory_efficient_attention is for UNets, and {family.title} has none; leave it out: PyTorch's"
+            " own attention saves memory, too"
+        )
     if not family.lora_targets:
+        if settings.adapter is not None:
+            raise UsageError(f"--use_lora: diffusers loads no adapters into {family.title}; leave it out")
         return settings
     settings = settings.replace(lora_target_modules=list(settings.lora_target_modules or family.lora_targets))
     if settings.adapter is not None:
@@ -225,7 +234,9 @@ def prepare_problem(
     network = TrainedNetwork(settings, accelerator, family, source, pipeline)
     # The VAE cannot encode in a subprocess.
     in_subprocesses = samples.is_cached or not family.has_latents
-    batches = pair_batches(settings, method, training_set, samples, sampler, timestep_range, in_subprocesses)
+    batches = pair_batches(
+        settings, method, training_set, samples, sampler, timestep_range, len(path), in_subprocesses
+    )
     return Problem(method, path, network, samples, batches, timestep_range, forget_ranges, planned_windows)
 
 

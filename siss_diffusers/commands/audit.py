@@ -85,7 +85,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    if args.guidance_scale <= 1:
+    if args.guidance_scale is not None and args.guidance_scale <= 1:
         raise UsageError("--guidance_scale must be above 1: without guidance there is no noise norm to measure")
     if args.rank_by == "best_match" and args.train_data_dir is None and args.reference_column is None:
         raise UsageError("--rank_by best_match needs --train_data_dir or --reference_column")

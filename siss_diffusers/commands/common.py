@@ -37,8 +37,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> 
     parser.add_argument(
         "--guidance_scale",
         type=non_negative_float,
-        default=7.5,
-        help="Classifier-free guidance; default: %(default)s.",
+        help="Guidance; default: that of the model's pipeline, such as 7.5 for Stable Diffusion 1.x.",
     )
     parser.add_argument("--resolution", type=positive_int, help="Side of the pictures; default: the model's own.")
     parser.add_argument(
@@ -53,10 +52,16 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> 
 
 
 def sampling_settings(args: argparse.Namespace) -> "Sampling":
-    """Return what the flags of `add_sampling_arguments` say."""
+    """Return what the flags of `add_sampling_arguments` say, once `fill_in_guidance` has seen them."""
     from siss_diffusers.families import Sampling
 
     return Sampling(args.num_inference_steps, args.guidance_scale, args.batch_size, args.seed)
+
+
+def fill_in_guidance(args: argparse.Namespace, family: "Family") -> None:
+    """Fill in the guidance scale, where none was given, by that of the family."""
+    if args.guidance_scale is None:
+        args.guidance_scale = family.default_guidance_scale
 
 
 def open_text_to_image_model(args: argparse.Namespace) -> tuple["NamedPipeline", "Family"]:
@@ -75,7 +80,9 @@ def open_text_to_image_model(args: argparse.Namespace) -> tuple["NamedPipeline",
 
     where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     source = NamedPipeline(args.pretrained_model_name_or_path, MODEL_FLAG, **where)
-    return source, find_family(source, with_prompts=True).from_source(source, args.resolution)
+    family = find_family(source, with_prompts=True).from_source(source, args.resolution)
+    fill_in_guidance(args, family)
+    return source, family
 
 
 def load_pipeline(source: "NamedPipeline", family: "Family", dtype: str, adapter: str | None = None) -> Any:

@@ -11,7 +11,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from siss_diffusers.commands.common import add_model_arguments, add_sampling_arguments, read_prompts
+from siss_diffusers.commands.common import (
+    add_model_arguments,
+    add_sampling_arguments,
+    fill_in_guidance,
+    read_prompts,
+)
 from siss_diffusers.commands.metric_flags import add_metric_arguments
 from siss_diffusers.errors import UsageError
 from siss_diffusers.evaluation.settings import EvaluationSettings
@@ -172,6 +177,7 @@ def find_models(args: argparse.Namespace, models: dict[str, str]) -> tuple["Fami
     if not family_class.has_prompts:
         refuse_flags_of_prompts(args, family_class.title)
     family = family_class.from_source(base, args.resolution)
+    fill_in_guidance(args, family)
     loaders = {}
     for name, where in models.items():
         flag = f"--{name}" if name in ("base", "unlearned") else "--also"
@@ -184,7 +190,9 @@ def find_models(args: argparse.Namespace, models: dict[str, str]) -> tuple["Fami
                 if find_family(source) is not family_class:
                     raise UsageError(f"{flag}: {where} is not {family.title}, as the base is")
                 if family_class.from_source(source, args.resolution) != family:
-                    raise UsageError(f"{flag}: {where} makes pictures of another size than the base")
+                    raise UsageError(
+                        f"{flag}: {where} makes pictures of another size than the base, or is told other things"
+                    )
         dtype, device = getattr(torch, args.dtype), PartialState().device
         loaders[name] = partial(load_for_sampling, source, family, device, dtype, **adapter)
     return family, loaders

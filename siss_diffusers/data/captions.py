@@ -89,12 +89,13 @@ def as_texts(values: pa.ChunkedArray, feature: object) -> pa.ChunkedArray:
         return pa.chunked_array([pa.nulls(len(values), pa.string())])
 
 
-def same_captions(captions: pa.ChunkedArray, wanted: Iterable[str]) -> np.ndarray:
-    """Return which captions are one of `wanted` but for case and white space, which the tokenizer of Stable Diffusion
-    does not see either: `(len(captions),)` bool."""
+def same_captions(captions: pa.ChunkedArray, wanted: Iterable[str], sees_case: bool = False) -> np.ndarray:
+    """Return which captions are one of `wanted` but for white space, and for case unless the text encoders see it:
+    `(len(captions),)` bool."""
 
     def normalised(texts: pa.Array) -> pa.Array:
-        return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"\s+", " "))
+        texts = texts if sees_case else pc.utf8_lower(texts)
+        return pc.utf8_trim_whitespace(pc.replace_substring_regex(texts, r"\s+", " "))
 
     known = normalised(pa.array(set(wanted), captions.type))
     found = np.zeros(len(captions), dtype=bool)

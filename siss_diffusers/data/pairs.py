@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from siss_diffusers.data.keep_order import KeepOrder
 from siss_diffusers.data.latents import LoadsImages
-from siss_diffusers.draws import PAIR, keyed_generator, mixture_components, shuffled_index
+from siss_diffusers.draws import PAIR, draw_timestep, keyed_generator, mixture_components, shuffled_index
 from siss_diffusers.methods import Method
 
 
@@ -24,10 +24,11 @@ class PairDataset(Dataset):
         keep_order: which of `keep` is at each position.
         method: decides what else a query needs.
         num_pairs: pairs in the window of one optimizer step, over all processes and micro-batches.
-        timestep_range: `(lo, hi)`; timesteps are uniform in lo <= t < hi.
+        timestep_range: `(lo, hi)`; timesteps are drawn in lo <= t < hi.
         seed: of every draw.
         neighbors: from `nearest_neighbors`, for a method that needs them.
         keep_conditions, forget_conditions: the condition of each image that is drawn, where there are conditions.
+        timestep_density: `(T,)`, how often each timestep is drawn; None for uniform draws.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class PairDataset(Dataset):
         neighbors: list[list[int]] | None = None,
         keep_conditions: Mapping[int, int] | None = None,
         forget_conditions: Sequence[int] | None = None,
+        timestep_density: np.ndarray | None = None,
     ) -> None:
         self.keep = keep
         self.forget = forget
@@ -53,6 +55,7 @@ class PairDataset(Dataset):
         self.neighbors = neighbors
         self.keep_conditions = keep_conditions
         self.forget_conditions = forget_conditions
+        self.timestep_density = timestep_density
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         window, pair = divmod(position, self.num_pairs)
@@ -61,7 +64,7 @@ class PairDataset(Dataset):
         forget_index = shuffled_index(self.seed, 1, position, len(self.forget))
         components = mixture_components(self.seed, window, self.num_pairs, self.method.mixture)
 
-        timestep = int(generator.integers(*self.timestep_range))
+        timestep = draw_timestep(generator, self.timestep_range, self.timestep_density)
         keep = self.keep.load(keep_index, generator)
         forget = self.forget.load(forget_index, generator)
         item = {

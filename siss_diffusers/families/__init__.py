@@ -2,13 +2,27 @@
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling, silenced
+from siss_diffusers.families.flux import Flux
+from siss_diffusers.families.flux2 import Flux2Klein
+from siss_diffusers.families.qwen_image import QwenImage
 from siss_diffusers.families.sources import LoadedPipeline, NamedPipeline
 from siss_diffusers.families.stable_diffusion import StableDiffusion
+from siss_diffusers.families.stable_diffusion_3 import StableDiffusion3
+from siss_diffusers.families.stable_diffusion_xl import StableDiffusionXL
 from siss_diffusers.families.unconditional import Unconditional
-from siss_diffusers.noising import GaussianPath
+from siss_diffusers.families.z_image import ZImage
 
 
-FAMILIES: tuple[type[Family], ...] = (Unconditional, StableDiffusion)
+FAMILIES: tuple[type[Family], ...] = (
+    Unconditional,
+    StableDiffusion,
+    StableDiffusionXL,
+    StableDiffusion3,
+    Flux,
+    Flux2Klein,
+    QwenImage,
+    ZImage,
+)
 
 
 def find_family(source: PipelineSource, *, with_prompts: bool | None = None) -> type[Family]:
@@ -26,9 +40,10 @@ def find_family(source: PipelineSource, *, with_prompts: bool | None = None) -> 
             check_named(source, family)
             check_scheduler(source, family)
             return family
+    titles = [family.title for family in allowed]
     raise UsageError(
         f"{source.flag}: {source.describe()} is a {source.pipeline_config['_class_name']}, which is not supported here;"
-        f" use {' or '.join(family.title for family in allowed)}"
+        f" use {', '.join(titles[:-1])}{' or ' * bool(titles[:-1])}{titles[-1]}"
     )
 
 
@@ -38,8 +53,7 @@ def check_named(source: PipelineSource, family: type[Family]) -> None:
     Raises:
         UsageError: naming the one that is missing.
     """
-    texts = ("tokenizer",) if family.has_prompts else ()
-    for component in (family.network_name, "scheduler", *family.frozen_components, *texts):
+    for component in (family.network_name, "scheduler", *family.frozen_components, *family.tokenizers):
         value = source.pipeline_config.get(component)
         if not isinstance(value, list) or len(value) != 2 or None in value:
             raise UsageError(
@@ -54,17 +68,13 @@ def check_scheduler(source: PipelineSource, family: type[Family]) -> None:
         UsageError: for a solver of another kind of model, or a prediction type that is not known.
     """
     scheduler = source.scheduler()
-    name = type(scheduler).__name__
     try:
         with silenced():
-            drawn = GaussianPath.from_scheduler(scheduler)
-            trained = GaussianPath.from_scheduler(family.training_scheduler(scheduler))
-        if drawn.prediction_type != trained.prediction_type or scheduler.config.get("use_flow_sigmas"):
-            raise ValueError(f"{name} samples a flow-matching model")
+            family.check_scheduler(scheduler)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UsageError(
-            f"{source.flag}: {source.describe()} has the scheduler {name}, and {family.title} is trained on the noise"
-            f" levels of a DDPMScheduler, a DDIMScheduler or another of their kind ({error}); name a pipeline with one"
+            f"{source.flag}: {source.describe()} has the scheduler {type(scheduler).__name__}, and {family.title} is"
+            f" trained on the noise levels of {family.schedulers} ({error}); name a pipeline with one"
         ) from error
 
 
@@ -72,11 +82,17 @@ __all__ = [
     "FAMILIES",
     "Conditions",
     "Family",
+    "Flux",
+    "Flux2Klein",
     "LoadedPipeline",
     "NamedPipeline",
     "PipelineSource",
+    "QwenImage",
     "Sampling",
     "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
     "Unconditional",
+    "ZImage",
     "find_family",
 ]

@@ -47,9 +47,17 @@ class Conditions:
 
     @staticmethod
     def cat(parts: Sequence["Conditions"]) -> "Conditions":
-        """Put tables of the same names below each other."""
-        joined = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-        return Conditions(joined, sum(len(part) for part in parts))
+        """Put tables of the same names below each other. Sequences `(size, L, ...)` are padded by zeros at their end to the
+        longest; what tells a network where they end is one of the tensors."""
+
+        def joined(tensors: list[Tensor]) -> Tensor:
+            if tensors[0].ndim > 1:
+                longest, other_axes = max(tensor.shape[1] for tensor in tensors), [0, 0] * (tensors[0].ndim - 2)
+                tensors = [nn.functional.pad(t, (*other_axes, 0, longest - t.shape[1])) for t in tensors]
+            return torch.cat(tensors)
+
+        tensors = {name: joined([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        return Conditions(tensors, sum(len(part) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,10 @@ class Family(ABC):
         has_latents: whether a VAE stands between pictures and the network.
         lora_targets: layers that get an adapter by default; empty where adapters are not supported.
         frozen_components: components that are used in training beside the network.
+        tokenizers: components that turn prompts into token ids.
+        default_guidance_scale: of samples, as in the call of the pipeline.
+        sees_case: whether prompts in other case are other conditions.
+        schedulers: the kind of scheduler that it is sampled with, for messages.
     """
 
     channels: int
@@ -135,6 +147,10 @@ class Family(ABC):
     has_latents: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = ()
     frozen_components: ClassVar[tuple[str, ...]] = ()
+    tokenizers: ClassVar[tuple[str, ...]] = ()
+    default_guidance_scale: ClassVar[float] = 1.0
+    sees_case: ClassVar[bool] = False
+    schedulers: ClassVar[str] = "a DDPMScheduler, a DDIMScheduler or another of their kind"
 
     @classmethod
     @abstractmethod
@@ -167,6 +183,21 @@ class Family(ABC):
         from diffusers import DDPMScheduler
 
         return DDPMScheduler.from_config(scheduler.config)
+
+    @classmethod
+    def check_scheduler(cls, scheduler) -> None:
+        """Check that a scheduler draws samples along the noise levels of `training_scheduler`.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: saying what is different.
+        """
+        name = type(scheduler).__name__
+        drawn = GaussianPath.from_scheduler(scheduler)
+        trained = GaussianPath.from_scheduler(cls.training_scheduler(scheduler))
+        if scheduler.config.get("use_flow_sigmas"):
+            raise ValueError(f"{name} samples a flow-matching model")
+        if drawn.prediction_type != trained.prediction_type:
+            raise ValueError(f"{name} samples a model of {drawn.prediction_type}, not of {trained.prediction_type}")
 
     def path(self, pipeline) -> GaussianPath:
         """Return the noise levels; their `model_timesteps` are what the network is told."""
@@ -225,7 +256,8 @@ class Family(ABC):
         """Draw a sample for each row of `conditions`, the same for the same seed whatever the batch size.
 
         Args:
-            unconditional: one row, which guidance steers away from; None for unconditional models.
+            unconditional: one row, that of the empty prompt, which guidance steers away from; None for unconditional
+                models.
             progress: label of a progress bar; None for none.
 
         Returns:

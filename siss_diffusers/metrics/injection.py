@@ -102,7 +102,7 @@ def _similarity(model: "MeasuredModel", number: int) -> dict[str, list[float]]:
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-        similarity[str(int(path.model_timesteps[index]))] = [
+        similarity[str(index)] = [
             # A picture that is not there resembles nothing, which must not pass for forgetting.
             nan if broken(picture[None]).item() else correlation(picture[None], reference[None]).item()
             for draw in denoised

@@ -1,5 +1,6 @@
 """The text-conditional noise norm (Wen et al., arXiv 2407.21720): how hard a prompt pulls, large where it recalls."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,11 @@ class TextNoiseNorms:
         norms.per_step()
 
     It costs no network call: the sampler's own batch is [unconditional | conditional], both halves of the same x_t. A
-    call whose halves differ has no guidance and is not recorded. One pass down the timesteps is one batch of rows. The
+    call whose halves differ has no guidance and is not recorded. One pass down the noise levels is one batch of rows. The
     batches of several passes are put side by side.
+
+    Of a flow-matching model it is the norm of the difference of the velocities. The noise is `x_t + alpha v`, and alpha is
+    0 where sampling begins, so the first norm of the noise would be 0 for every prompt.
 
     Args:
         unet: the network that is called, with the noisy batch and the timestep as its first arguments, or by keywords:
@@ -36,7 +40,7 @@ class TextNoiseNorms:
     def __init__(self, unet: torch.nn.Module, path: GaussianPath) -> None:
         self.unet, self.path = unet, path
         self.passes: list[list[Tensor]] = []
-        self.first_timestep = -1.0
+        self.first_index = -1
 
     def __enter__(self) -> "TextNoiseNorms":
         self.handle = self.unet.register_forward_hook(self._record, with_kwargs=True)
@@ -51,17 +55,18 @@ class TextNoiseNorms:
         timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
         if noisy is None or timestep is None:
             return
-        noisy, timestep = noisy.float(), float(torch.as_tensor(timestep).flatten()[0])  # equal for all rows
+        noisy, timestep = as_batch(noisy).float(), float(torch.as_tensor(timestep).flatten()[0])  # equal for all rows
         if len(noisy) % 2 or not torch.equal(*noisy.chunk(2)):
             return
-        prediction = output[0].detach().float()  # of a tuple or of a `UNet2DConditionOutput`
+        answer = as_batch(output[0]).detach().float()  # of a tuple or of a `UNet2DConditionOutput`
         index = int((self.path.model_timesteps - timestep).abs().argmin())
-        epsilon = noise_prediction(self.path, lambda *_: prediction)(noisy, index)
-        unconditional, conditional = epsilon.chunk(2)
-        # Some samplers visit a timestep twice, but none the first.
-        if not self.passes or timestep >= self.first_timestep:
+        is_flow = self.path.prediction_type == "flow_prediction"
+        compared = answer if is_flow else noise_prediction(self.path, lambda *_: answer)(noisy, index)
+        unconditional, conditional = compared.chunk(2)
+        # Some samplers visit a noise level twice, but none the first.
+        if not self.passes or index >= self.first_index:
             self.passes.append([])
-            self.first_timestep = timestep
+            self.first_index = index
         self.passes[-1].append((conditional - unconditional).flatten(1).norm(dim=1).cpu())
 
     def per_step(self) -> Tensor:
@@ -75,6 +80,11 @@ class TextNoiseNorms:
                 "no call under classifier-free guidance was seen: the norm needs a guidance scale above 1"
             )
         return torch.cat([torch.stack(steps) for steps in self.passes], dim=1)
+
+
+def as_batch(pictures: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return pictures `(B, ...)`, which some networks take and answer one by one."""
+    return pictures if isinstance(pictures, Tensor) else torch.stack(list(pictures))
 
 
 def mean_noise_norm(per_step: Tensor) -> Tensor:

@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.parsing import non_negative_float, path, positive_float, positive_int, unit_float
+from siss_diffusers.parsing import finite_float, non_negative_float, path, positive_float, positive_int, unit_float
 from siss_diffusers.settings.fields import setting, switch
 from siss_diffusers.settings.shared import INTERPOLATIONS, UNLEARNING, VALIDATION, AdapterSettings, Settings
 
 
 LORA = "LoRA"
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+# The scheme that each of these belongs to.
+SCHEME_OF = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+MAX_MODE_SCALE = 1.75  # 2 / (pi - 2), up to which the draws of `mode` are monotonic (arXiv 2403.03206, 3.1)
 LORA_FLAGS = ("rank", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
@@ -73,8 +77,8 @@ class TextToImageSettings(Settings):
     calibrates_by_default: ClassVar[bool] = True
 
     # fmt: off
-    pretrained_model_name_or_path: str = setting("", "A Stable Diffusion 1.x or 2.x pipeline: a folder, or a name on the"
-        " Hub such as CompVis/stable-diffusion-v1-4.", parse=path)
+    pretrained_model_name_or_path: str = setting("", "A text-to-image pipeline, such as one of Stable Diffusion 1.x, 2.x or XL: a"
+        " folder, or a name on the Hub such as CompVis/stable-diffusion-v1-4.", parse=path)
     output_dir: str = setting("siss-sd", "Where the result and the checkpoints are written.", resume="free",
         parse=path)
     non_ema_revision: str | None = setting(None, "Revision of the network that is trained; default: --revision.")
@@ -94,6 +98,16 @@ class TextToImageSettings(Settings):
         " unlearning, at the price of one more forward pass of these rows and, without --use_lora, of a second copy of the"
         " network. Default: noise.", choices=("noise", "base"), group=UNLEARNING, public=True)
 
+    weighting_scheme: str = setting("none", "Of models of flow matching, as in the official scripts: how noise levels are"
+        " drawn (`logit_normal`, `mode`), or how their losses are weighted (`sigma_sqrt`, `cosmap`). Default: none, uniform"
+        " draws and equal weights.", choices=WEIGHTING_SCHEMES, public=True)
+    logit_mean: float = setting(0.0, "Mean of --weighting_scheme logit_normal; a positive one draws less noise.",
+        parse=finite_float, public=True)
+    logit_std: float = setting(1.0, "Standard deviation of --weighting_scheme logit_normal.", parse=positive_float,
+        public=True)
+    mode_scale: float = setting(1.29, "Scale of --weighting_scheme mode, between -1 and 1.75.", parse=finite_float,
+        public=True)
+
     use_lora: bool = switch("Train an adapter and leave the model as it is.", group=LORA, resume="fixed", public=True)
     rank: int = setting(4, "Rank of the adapter.", parse=positive_int, group=LORA, resume="fixed", public=True)
     lora_alpha: float | None = setting(None, "The adapter is scaled by alpha / rank; default: rank.",
@@ -107,8 +121,9 @@ class TextToImageSettings(Settings):
     validation_prompts: Any = setting((), "Samples of these go to the tracker, copies of forget images blanked out. They"
         " are public; the prompts of forget images are sampled too, and only counted.", nargs="+",
         aliases=("validation_prompt",), group=VALIDATION, resume="free")
-    guidance_scale: float = setting(7.5, "Classifier-free guidance of samples made in training.", parse=non_negative_float, group=VALIDATION,
-        resume="free", public=True)
+    guidance_scale: float | None = setting(None, "Guidance of samples made in training; default: that of the model's"
+        " pipeline, such as 7.5 for Stable Diffusion 1.x.", parse=non_negative_float, group=VALIDATION, resume="free",
+        public=True)
     eval_batch_size: int = setting(4, "Batch of samples made in training.", parse=positive_int, group=VALIDATION,
         resume="free", public=True)
     # fmt: on
@@ -119,6 +134,16 @@ class TextToImageSettings(Settings):
 
     @property
     def adapter(self) -> AdapterSettings | None:
+        for name, scheme in SCHEME_OF.items():
+            if (
+                getattr(self, name) != type(self).__dataclass_fields__[name].default
+                and self.weighting_scheme != scheme
+            ):
+                raise UsageError(f"--{name} needs --weighting_scheme {scheme}")
+        if not -1 <= self.mode_scale <= MAX_MODE_SCALE:
+            raise UsageError(
+                f"--mode_scale must be between -1 and {MAX_MODE_SCALE}, or noise levels would be drawn twice"
+            )
         if not self.use_lora:
             return None
         return AdapterSettings(self.rank, self.lora_alpha, self.lora_dropout, tuple(self.lora_target_modules))
@@ -128,6 +153,16 @@ class TextToImageSettings(Settings):
             raise UsageError("--cache_latents and --random_flip exclude each other: a cached latent cannot be flipped")
         if self.lora_dropout == 1:
             raise UsageError("--lora_dropout must be below 1, or nothing is left to train")
+        for name, scheme in SCHEME_OF.items():
+            if (
+                getattr(self, name) != type(self).__dataclass_fields__[name].default
+                and self.weighting_scheme != scheme
+            ):
+                raise UsageError(f"--{name} needs --weighting_scheme {scheme}")
+        if not -1 <= self.mode_scale <= MAX_MODE_SCALE:
+            raise UsageError(
+                f"--mode_scale must be between -1 and {MAX_MODE_SCALE}, or noise levels would be drawn twice"
+            )
         if not self.use_lora:
             for name in LORA_FLAGS:
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:

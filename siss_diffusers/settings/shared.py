@@ -46,6 +46,8 @@ class Settings:
     guidance_scale = 1.0
     validation_prompts = ()
     keep_target = "noise"
+    weighting_scheme = "none"
+    logit_mean, logit_std, mode_scale = 0.0, 1.0, 1.29
     non_ema_revision = None
 
     # fmt: off

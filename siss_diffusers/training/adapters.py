@@ -19,6 +19,15 @@ from siss_diffusers.storage.sharding import gathered, load_into
 from siss_diffusers.storage.tensors import open_tensors
 
 
+def layers_of(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the names of the linear and convolutional layers whose names end in one of the targets."""
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and any(f".{name}".endswith(f".{target}") for target in targets)
+    ]
+
+
 def check_target_modules(network: nn.Module, target_modules: Sequence[str], default: Sequence[str]) -> None:
     """Refuse a target that is not the end of the name of a linear or convolutional layer.
 
@@ -29,9 +38,8 @@ def check_target_modules(network: nn.Module, target_modules: Sequence[str], defa
     Raises:
         UsageError: naming the target.
     """
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for target in target_modules:
-        if not any(name == target or name.endswith("." + target) for name in layers):
+        if not layers_of(network, [target]):
             raise UsageError(
                 f"--lora_target_modules: the network has no linear or convolutional layer {target!r}; the attention"
                 f" projections are {' '.join(default)}"
@@ -43,6 +51,12 @@ def add_lora(network: nn.Module, adapter: AdapterSettings, dtype: torch.dtype) -
 
     Its first factors are drawn from torch's global generator, its second ones are zero: it starts as the identity.
     """
+    targets = list(adapter.target_modules)
+    if any(
+        isinstance(module, nn.ModuleList) and f".{name}".endswith(tuple(f".{target}" for target in targets))
+        for name, module in network.named_modules()
+    ):
+        targets = layers_of(network, targets)  # peft would try to adapt the list itself
     network.requires_grad_(False)
     if dtype != network.dtype:
         network.to(dtype=dtype)
@@ -52,7 +66,7 @@ def add_lora(network: nn.Module, adapter: AdapterSettings, dtype: torch.dtype) -
             lora_alpha=adapter.alpha,
             lora_dropout=adapter.dropout,
             init_lora_weights="gaussian",
-            target_modules=list(adapter.target_modules),
+            target_modules=targets,
         )
     )
     cast_training_params(network, dtype=torch.float32)

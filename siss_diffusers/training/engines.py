@@ -182,11 +182,10 @@ def prepare(
 
 def callable_network(accelerator: Accelerator, model: nn.Module) -> Callable[..., Any]:
     """Return what to call for a prediction in training: under DeepSpeed the network itself, not the engine around it,
-    whose hooks would take every backward for one of theirs; in the precision of its weights."""
+    whose hooks would take every backward for one of theirs."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return model
-    network = accelerator.unwrap_model(model)
-    return lambda noisy, *others: network(noisy.to(network.dtype), *others)
+    return accelerator.unwrap_model(model)
 
 
 def take_step(

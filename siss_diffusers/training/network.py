@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -85,6 +86,8 @@ class TrainedNetwork:
 
     def predict(self, noisy: Tensor, model_timesteps: Tensor, conditions: Conditions | None) -> Tensor:
         """Call the network; `(B, C, H, W)`."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            noisy = noisy.to(self.module.dtype)  # it is called without autocast
         return self.family.predict(self.call, noisy, model_timesteps, conditions)
 
     @torch.no_grad()

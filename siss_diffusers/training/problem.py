@@ -75,7 +75,7 @@ class Problem:
             rows = self.method.rows_within(query, forget_range)
             if settings.keep_target == "base":
                 rows = self._with_targets_of_base(rows)
-            weights = loss_weights(self.path, rows.timesteps, settings.snr_gamma)
+            weights = loss_weights(self.path, rows.timesteps, settings.snr_gamma, settings.weighting_scheme)
             window.append(rows if weights is None else rows.reweighted(weights))
         return window
 

@@ -18,6 +18,7 @@ from siss_diffusers.errors import UsageError
 from siss_diffusers.families import Conditions, Family
 from siss_diffusers.families.prompts import Prompts
 from siss_diffusers.methods import Method
+from siss_diffusers.noising import timestep_density
 from siss_diffusers.settings import Settings
 from siss_diffusers.training.redirection import KeepPosterior
 from siss_diffusers.training.training_set import TrainingSet, crops_are_random
@@ -257,9 +258,13 @@ def pair_batches(
     samples: Samples,
     sampler: WindowSampler,
     timestep_range: tuple[int, int],
+    num_timesteps: int,
     in_subprocesses: bool,
 ):
     """Return an endless iterator over the micro-batches of this process, as the tensors of a `Query`."""
+    density = timestep_density(
+        settings.weighting_scheme, num_timesteps, settings.logit_mean, settings.logit_std, settings.mode_scale
+    )
     pairs = PairDataset(
         samples.keep,
         samples.forget,
@@ -271,5 +276,6 @@ def pair_batches(
         samples.neighbors,
         samples.keep_conditions,
         samples.forget_conditions,
+        None if density is None else density.numpy(),
     )
     return iter(window_loader(pairs, sampler, settings.dataloader_num_workers if in_subprocesses else 0))

@@ -30,6 +30,10 @@ def check_noise_levels(settings: Settings, scheduler: Any, path: GaussianPath) -
                 f"{SCHEDULER_FLAGS[name]} cannot be used: the {type(scheduler).__name__} of this model has no {name};"
                 " leave it out"
             )
+    if settings.weighting_scheme != "none" and path.prediction_type != "flow_prediction":
+        raise UsageError(
+            f"--weighting_scheme {settings.weighting_scheme} cannot be used: it is for models of flow matching; leave it out"
+        )
     if settings.snr_gamma is not None and path.prediction_type == "flow_prediction":
         raise UsageError("--snr_gamma cannot be used: its weights are not defined for flow matching; leave it out")
 

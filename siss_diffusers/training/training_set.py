@@ -114,7 +114,7 @@ def read_training_set(
         train_captions = load_captions(split.train, settings.caption_column, order.candidates)
         forget_captions = load_captions(split.forget, settings.caption_column).to_pylist()
         # Ordinary images to compare with: of the prompts of the forget images, where there are any.
-        alike = same_captions(train_captions, forget_captions)
+        alike = same_captions(train_captions, forget_captions, family.sees_case)
 
     def first_alike(count: int, wanted: bool) -> list[int]:
         return (order.first(count, alike) or order.first(count)) if wanted else []
@@ -124,7 +124,7 @@ def read_training_set(
     redirect_rows, other_redirect_rows = [], []
     if "posterior_mean" in method.needs:
         redirect_rows, other_redirect_rows = rows_to_redirect_to(
-            order, train_captions, forget_captions, settings.num_redirect_images
+            order, train_captions, forget_captions, settings.num_redirect_images, family.sees_case
         )
     return TrainingSet(
         split,
@@ -139,7 +139,11 @@ def read_training_set(
 
 
 def rows_to_redirect_to(
-    order: KeepOrder, train_captions: pa.ChunkedArray | None, forget_captions: list[str] | None, count: int
+    order: KeepOrder,
+    train_captions: pa.ChunkedArray | None,
+    forget_captions: list[str] | None,
+    count: int,
+    sees_case: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Choose the images to keep that forget images are redirected to: the first of the order, whatever is drawn.
 
@@ -148,7 +152,9 @@ def rows_to_redirect_to(
     """
     if train_captions is None:
         return [], order.first(count)
-    by_prompt = [order.first(count, same_captions(train_captions, [caption])) for caption in set(forget_captions)]
+    by_prompt = [
+        order.first(count, same_captions(train_captions, [caption], sees_case)) for caption in set(forget_captions)
+    ]
     return sorted({row for rows in by_prompt for row in rows}), [] if all(by_prompt) else order.first(count)
 
 

@@ -26,6 +26,14 @@ class TestPairs:
         narrow = self.pairs(numbered, timestep_range=(3, 6))
         assert {int(narrow[position]["timesteps"]) for position in range(60)} == {3, 4, 5}
 
+    def test_timesteps_are_drawn_as_often_as_a_density_says(self, numbered):
+        density = np.array([0.5, 0.0, 0.1, 0.3, 0.1])
+        for low, high in ((0, 5), (1, 4)):
+            pairs = self.pairs(numbered, timestep_range=(low, high), timestep_density=density)
+            drawn = np.bincount([int(pairs[position]["timesteps"]) for position in range(600)], minlength=5) / 600
+            expected = np.where((np.arange(5) >= low) & (np.arange(5) < high), density, 0)
+            np.testing.assert_allclose(drawn, expected / expected.sum(), atol=0.06)
+
     def test_a_share_lambda_of_every_window_is_made_from_forget_images(self, numbered):
         pairs = self.pairs(numbered, SISS(lam=0.25), num_pairs=8)
         for window in range(5):

@@ -3,39 +3,16 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from siss_diffusers.assets.make_tiny_sd import make_tokenizer
+from tests.helpers.tiny_parts import autoencoder, clip, clip_tokenizer
 
 
 def build_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(("a photograph",))
-    tokenizer.model_max_length = 24
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            projection_dim=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    vae = AutoencoderKL(
-        sample_size=16,
-        latent_channels=4,
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
+    tokenizer = clip_tokenizer()
+    text_encoder = clip(tokenizer)
+    vae = autoencoder()
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),

@@ -360,10 +360,10 @@ BAD_INPUT = {
     "a prompt with no forget image": ({}, image_missing, "--train_data_dir"),
     "nothing to forget": ({}, nothing_to_forget, "the forget set is empty"),
     "an adapter as the model": ({"--pretrained_model_name_or_path": "ADAPTER"}, None, "is an adapter"),
-    "Stable Diffusion XL": (
-        {"--pretrained_model_name_or_path": "SDXL"},
+    "a pipeline of another task": (
+        {"--pretrained_model_name_or_path": "INPAINT_XL"},
         None,
-        "StableDiffusionXLPipeline, which is not",
+        "StableDiffusionXLInpaintPipeline, which is not",
     ),
     "no pipeline": ({"--pretrained_model_name_or_path": "EMPTY"}, None, "is no diffusers pipeline"),
     "inpainting": ({"--pretrained_model_name_or_path": "INPAINT"}, None, "the UNet takes 9 channels"),
@@ -379,11 +379,11 @@ def test_bad_input_is_one_sentence_and_touches_nothing(
     data = shutil.copytree(captioned_folder, tmp_path / "data")
     if spoil is not None:
         spoil(data)
-    places = {name: tmp_path / name for name in ("ADAPTER", "SDXL", "EMPTY", "INPAINT")}
+    places = {name: tmp_path / name for name in ("ADAPTER", "INPAINT_XL", "EMPTY", "INPAINT")}
     for folder in places.values():
         folder.mkdir()
     (places["ADAPTER"] / LORA).touch()
-    write_json(places["SDXL"] / "model_index.json", {"_class_name": "StableDiffusionXLPipeline"})
+    write_json(places["INPAINT_XL"] / "model_index.json", {"_class_name": "StableDiffusionXLInpaintPipeline"})
     shutil.copytree(pipeline_folder, places["INPAINT"], dirs_exist_ok=True)
     config = json.loads((pipeline_folder / "unet/config.json").read_text())
     write_json(places["INPAINT"] / "unet/config.json", config | {"in_channels": 9})
