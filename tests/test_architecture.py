@@ -24,7 +24,7 @@ FLOORS = (
     ("data",),
     ("metrics",),
     ("hub", "report"),
-    ("curation", "auditing", "evaluation", "fusing"),
+    ("curation", "auditing", "evaluation", "fusing", "exporting"),
     ("training",),
     ("outcome", "unlearning", "api"),
     ("assets",),

@@ -1,4 +1,5 @@
-"""The console script `siss`: `siss audit`, `siss curate`, `siss evaluate`, `siss fuse`, `siss push`."""
+"""The console script `siss`: `siss audit`, `siss curate`, `siss evaluate`, `siss export`, `siss fuse`,
+`siss push`."""
 
 import sys
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ COMMANDS = {
     "evaluate": Command(
         "siss_diffusers.commands.evaluate",
         "Measure what a model forgot and what it kept: base and unlearned models, on the same seeds.",
+    ),
+    "export": Command(
+        "siss_diffusers.commands.export",
+        "Write an unlearning adapter in the format of another program, at the scale at which it was trained.",
+        runs_models=False,
     ),
     "fuse": Command(
         "siss_diffusers.commands.fuse",
