@@ -55,7 +55,9 @@ class StableDiffusion(Family):
     @torch.no_grad()
     def decode(self, pipeline, samples: Tensor) -> Tensor:
         latents = (samples / pipeline.vae.config.scaling_factor).to(pipeline.vae.dtype)
-        return (pipeline.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        # Not under the autocast of a training: as in `siss evaluate`.
+        with torch.autocast(latents.device.type, enabled=False):
+            return (pipeline.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def token_ids(self, pipeline, prompts: Sequence[str]) -> tuple[list[tuple], list[bool]]:
         length = self.max_prompt_tokens(pipeline)
