@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siss_diffusers.data.captions import load_captions
+from siss_diffusers.data.captions import load_captions, same_captions
 from siss_diffusers.data.images import Images, ImageTransform
 from siss_diffusers.data.sources import load_image_rows
 from siss_diffusers.data.split import GivenRows, split_data
@@ -82,7 +82,8 @@ class SplitData:
 def split_to_measure(
     given: GivenRows, family: Family, *, seed: int, drop_near_duplicates: bool, caption_column: str | None
 ) -> SplitData:
-    """Split data as training does, and read the prompts. Pictures are read without anything random.
+    """Split data as training does, and read the prompts. Pictures are read without anything random, and of a large set no
+    more than are used: a million would take hours.
 
     Args:
         caption_column: of the prompts; models without prompts need none.
@@ -91,12 +92,17 @@ def split_to_measure(
         UsageError: for data that cannot be used, or a prompt that is missing.
     """
     transform = ImageTransform(channels=family.channels, resolution=family.resolution, center_crop=True)
-    split = split_data(given, transform, seed, drop_near_duplicates=drop_near_duplicates)
-    keep, forget = split.train.select(np.sort(split.order.drawn)), split.forget
-    keep_prompts, forget_prompts = None, None
+    split = split_data(given, transform, seed, MAX_KEEP_IMAGES, drop_near_duplicates=drop_near_duplicates)
+    rows, keep_prompts, forget_prompts = set(split.order.drawn.tolist()), None, None
     if family.has_prompts:
-        keep_prompts, forget_prompts = (load_captions(images, caption_column).to_pylist() for images in (keep, forget))
-    return SplitData(keep, forget, keep_prompts, forget_prompts, split.counts())
+        forget_prompts = load_captions(split.forget, caption_column).to_pylist()
+        captions = load_captions(split.train, caption_column, split.order.drawn)
+        # Images to keep of the memorized prompts, which may be few among many.
+        rows |= set(split.order.first(MAX_KEEP_IMAGES, same_captions(captions, forget_prompts)))
+    keep = split.train.select(sorted(rows))
+    if family.has_prompts:
+        keep_prompts = load_captions(keep, caption_column).to_pylist()
+    return SplitData(keep, split.forget, keep_prompts, forget_prompts, split.counts())
 
 
 def collect_data(

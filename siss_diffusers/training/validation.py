@@ -117,8 +117,7 @@ class Validation:
         if rows:
             conditions = self.samples.conditions_of([row for row in rows for _ in range(samples_of_each)])
             unconditional = self.samples.conditions_of([self.samples.empty_row])
-        # Not under autocast: the network has its own, and the VAE decodes in float32, as in `siss evaluate`.
-        with self.network.averaged():
+        with self.network.averaged(), self.accelerator.autocast():
             images = self.family.sample(self.pipeline, conditions, unconditional, sampling_of(settings))
             self.network.reshard()
         return images

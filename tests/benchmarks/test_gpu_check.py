@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from siss_diffusers.flags import parse_settings
+from siss_diffusers.settings import TextToImageSettings, UnconditionalSettings, resolve
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import imported_script
 
@@ -156,6 +159,25 @@ def test_what_no_step_can_be_is_refused(flags, says, capsys):
     with imported_script(FOLDER / "steps.py") as steps, pytest.raises(SystemExit):
         steps.parse_args(["--results", "r", "--folder", "f", *flags])
     assert says in capsys.readouterr().err
+
+
+def test_every_run_of_a_script_has_flags_that_it_takes(tmp_path):
+    """Also those that only a GPU can run: the time of a card is not for typing errors."""
+    kinds = {"train_siss_sd.py": TextToImageSettings, "train_siss_unconditional.py": UnconditionalSettings}
+    with imported_script(FOLDER / "scripts.py") as scripts:
+        for case in scripts.CASES:
+            # fp16 is refused without a GPU, and says nothing about the other flags.
+            flags = scripts.base_flags(case.script, tmp_path) | case.flags | {"--mixed_precision": "bf16"}
+            settings, _, _ = resolve(parse_settings(kinds[case.script], "", scripts.as_flags(flags)))
+            assert settings.max_train_steps == 4 and settings.use_8bit_adam == (case.needs is not None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_nothing_is_begun(tmp_path):
+    command = [sys.executable, str(CHECK), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("check.py: error: no GPU was found")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -170,6 +170,14 @@ def test_pictures_survive_the_way_to_the_network_and_back(loaded):
     torch.testing.assert_close(family.decode(pipeline, scaling(mean)), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_pictures_are_decoded_in_the_precision_of_the_vae_whatever_the_training_casts(loaded):
+    family, pipeline = loaded
+    mean, _ = family.encode(pipeline, torch.rand(2, family.channels, family.resolution, family.resolution) * 2 - 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cast = family.decode(pipeline, mean)
+    assert cast.equal(family.decode(pipeline, mean))
+
+
 def test_the_answer_of_the_network_has_the_shape_of_the_sample(loaded):
     family, pipeline = loaded
     mean, _ = family.encode(pipeline, torch.zeros(2, family.channels, family.resolution, family.resolution))

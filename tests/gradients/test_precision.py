@@ -18,7 +18,7 @@ TOLERANCES = {"float32": 2e-5, "tf32": 1e-2, "bf16": 6e-2, "fp16": 1e-2}
 
 
 class Denoiser(nn.Module):
-    """A small UNet with attention, in channels_last on a GPU, where kernels are other ones."""
+    """A small UNet with attention."""
 
     def __init__(self) -> None:
         super().__init__()
