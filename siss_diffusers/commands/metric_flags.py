@@ -45,7 +45,8 @@ def add_metric_arguments(metrics: argparse._ArgumentGroup) -> None:
         "--num_likelihood_images",
         type=natural_number,
         default=EvaluationSettings.num_likelihood_images,
-        help="Unconditional models: images to keep whose likelihood is computed; default: %(default)s.",
+        help="Images to keep whose likelihood is computed, of unconditional models; at most 8 of them, and as many"
+        " pictures never seen, have their bits compared with the base's, of all models; default: %(default)s.",
     )
     metrics.add_argument(
         "--paraphrases_file",

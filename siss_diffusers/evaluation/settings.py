@@ -31,7 +31,7 @@ class EvaluationSettings:
         classifier_size: pictures are resized to this side for it; None shows them as they are.
         clip_model: a CLIP of transformers, for CLIP score and CLIP-IQA: a folder, or a name on the Hub.
         cache_dir: where downloaded models are kept.
-        num_likelihood_images: images to keep whose likelihood is computed.
+        num_likelihood_images: images to keep whose likelihood is computed; at most 8 of them are compared in bits.
         paraphrases: other wordings of the memorized prompts.
         prompt_noise: sample with noise on the prompt's embedding, so many times its standard deviation.
         embedding_attack: search the text conditioning for one that gives a forget image.

@@ -15,6 +15,7 @@ from siss_diffusers.metrics import (
     inception_score,
     injection,
     likelihood,
+    memorized_bits,
     noise_norm,
     relearning,
     sharpness,
@@ -45,6 +46,7 @@ METRICS: dict[str, Metric] = {
         distribution.COVERAGE,
         likelihood.NLL_FORGET_BPD,
         likelihood.NLL_KEEP_BPD,
+        memorized_bits.MEMORIZED_BITS,
         embedding_attack.ATTACKED_COPY_SHARE,
         embedding_attack.ATTACKED_CONTROL_SHARE,
         features.SSCD_FORGET,
@@ -61,6 +63,7 @@ PROBES: dict[str, Probe] = {
         variations.PARAPHRASES,
         variations.PROMPT_NOISE,
         embedding_attack.EMBEDDING_ATTACK,
+        memorized_bits.MEMORIZED_BITS_BY_CONDITION,
         relearning.RELEARNING,
     )
 }

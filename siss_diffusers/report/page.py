@@ -28,6 +28,7 @@ from siss_diffusers.report.sentences import (
 from siss_diffusers.report.settings import hidden_entries, settings_rows
 from siss_diffusers.report.tables import (
     Table,
+    bits_table,
     damage_table,
     detectors_table,
     figures_table,
@@ -194,6 +195,13 @@ def list_attempts(models: Mapping[str, Entries]) -> list[Attempt]:
             " seen” say what the same search does with pictures that the model never saw: beyond that the search proves"
             " nothing. In the curve, each point is the highest share of all starts and guidance scales. Lower is better.",
             attack_table(models),
+        ),
+        (
+            "memorized_bits_by_condition",
+            "How many bits less than the base the model knows of an image, as a mean with its standard error: of forgotten"
+            " images, of pictures that no model saw, and of images to keep. Only the first should be far from 0. If it is"
+            " near 0 with the empty prompt, the image was forgotten under its prompt alone.",
+            bits_table(models),
         ),
         (
             "relearning",

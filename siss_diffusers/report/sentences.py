@@ -28,6 +28,7 @@ TESTS = {
     "paraphrases": "Other wordings of the prompt",
     "prompt_noise": "Noise on the prompt",
     "embedding_attack": "Embedding attack",
+    "memorized_bits_by_condition": "Bits by condition",
     "relearning": "Relearning",
 }
 # How a sentence names such a test, how it names a point of the test, and the key of the point's number.

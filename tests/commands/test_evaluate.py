@@ -78,7 +78,8 @@ def sd_flags(out, captioned, unlearned, cache_dir, *more):
     return [
         *("evaluate", "--base", str(TINY_SD), "--unlearned", str(unlearned), "--train_data_dir", str(captioned)),
         *("--output_dir", str(out), "--cache_dir", str(cache_dir), "--num_samples", "12", "--guidance_scale", "3"),
-        *("--num_ordinary_samples", "10", "--num_inference_steps", "12", *more),
+        *("--num_ordinary_samples", "10", "--num_inference_steps", "12"),
+        *("--num_likelihood_images", "2", *more),
     ]
 
 
@@ -99,8 +100,10 @@ def test_stable_diffusion_before_and_after(captioned, adapter, networks, cache_d
     base, unlearned, same, settings = (content[name] for name in ("base", "unlearned", "same", "settings"))
     assert settings["forget_images"] == 1 and settings["data"]["forget"] == 2
     # A model beside itself, on the same seeds: every figure is the same.
-    assert set(same) - set(base) == {"relearning", "drift"} and {name: same[name] for name in base} == base
+    bits = {"memorized_bits", "memorized_bits_se", "memorized_bits_by_condition"}
+    assert set(same) - set(base) == {"relearning", "drift"} | bits and {name: same[name] for name in base} == base
     assert same["drift"] == 0 and unlearned["drift"] > 0.5
+    assert same["memorized_bits"] == 0 and unlearned["memorized_bits"] > 10 * unlearned["memorized_bits_se"] > 0
     shares, shares_after = base["copy_share_by_detector"], unlearned["copy_share_by_detector"]
     assert min(shares.values()) > 0.4 and shares.keys() == {"pixel_l2", "correlation", "cluster", "network"}
     # Pixels as features are a poor detector: what the ruined model makes is like anything to them.

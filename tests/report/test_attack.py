@@ -68,3 +68,18 @@ def test_any_part_of_it_may_be_missing():
         attack_curves(models)
         for figures in models.values():
             forgotten_sentence(figures)
+
+
+def test_bits_have_a_row_for_each_condition_and_kind(report, evaluation):
+    evaluation["unlearned"]["memorized_bits_by_condition"] = {
+        "prompt": {"forget": 812.4, "forget_se": 3.1, "strangers": 0.5, "keep": None},
+        "empty": {"forget": 2.0},
+        "a secret flower": {"forget": 1.0},
+    }
+    page = report(evaluation)
+    assert page.row("forgotten images, with the prompt") == ["812.4 ± 3.1"]
+    assert page.row("pictures never seen, with the prompt") == ["0.5000"]
+    assert page.row("forgotten images, with the empty prompt") == ["2.000"]
+    assert "secret" not in page.text and not any(cells[0].startswith("images to keep, with") for cells in page.cells)
+    for variant in all_missing(evaluation["unlearned"]["memorized_bits_by_condition"]):
+        report({"unlearned": {"copy_share": 0.0, "memorized_bits_by_condition": variant}})
