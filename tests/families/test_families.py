@@ -188,6 +188,19 @@ def test_the_answer_of_the_network_has_the_shape_of_the_sample(loaded):
     assert answer.shape == mean.shape and answer.isfinite().all()
 
 
+def test_a_call_of_the_network_makes_nothing_on_another_device(loaded):
+    """`meta` stands for a GPU: an operation with a tensor of the host fails."""
+    family, pipeline = loaded
+    mean, _ = family.encode(pipeline, torch.zeros(2, family.channels, family.resolution, family.resolution))
+    conditions, empty = conditions_of(family, pipeline, 2)
+    timesteps = family.path(pipeline).model_timesteps[[10, 700]].to("meta")
+    if "lengths" in conditions.tensors:
+        pytest.skip("the network takes lists of prompts, whose lengths are read on the host")
+    told = None if empty is None else conditions.to("meta")
+    answer = family.predict(family.network(pipeline).to("meta"), mean.to("meta"), timesteps, told)
+    assert answer.device.type == "meta" and answer.shape == mean.shape
+
+
 def test_samples_are_those_of_the_pipeline_and_do_not_depend_on_the_batch(tiny, loaded):
     family, pipeline = loaded
     conditions, empty = conditions_of(family, pipeline, 3)
