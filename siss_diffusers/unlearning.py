@@ -145,7 +145,7 @@ def with_family_defaults(settings: Settings, family: Family, source: PipelineSou
             " own attention saves memory, too"
         )
     if not family.lora_targets:
-        if settings.adapter is not None:
+        if family.has_prompts and settings.use_lora:
             raise UsageError(f"--use_lora: diffusers loads no adapters into {family.title}; leave it out")
         return settings
     settings = settings.replace(lora_target_modules=list(settings.lora_target_modules or family.lora_targets))

@@ -4,7 +4,9 @@ from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling, silenced
 from siss_diffusers.families.flux import Flux
 from siss_diffusers.families.flux2 import Flux2Klein
+from siss_diffusers.families.pixart_sigma import PixArtSigma
 from siss_diffusers.families.qwen_image import QwenImage
+from siss_diffusers.families.sana import Sana
 from siss_diffusers.families.sources import LoadedPipeline, NamedPipeline
 from siss_diffusers.families.stable_diffusion import StableDiffusion
 from siss_diffusers.families.stable_diffusion_3 import StableDiffusion3
@@ -22,6 +24,8 @@ FAMILIES: tuple[type[Family], ...] = (
     Flux2Klein,
     QwenImage,
     ZImage,
+    Sana,
+    PixArtSigma,
 )
 
 
@@ -87,8 +91,10 @@ __all__ = [
     "LoadedPipeline",
     "NamedPipeline",
     "PipelineSource",
+    "PixArtSigma",
     "QwenImage",
     "Sampling",
+    "Sana",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",

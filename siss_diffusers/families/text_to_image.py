@@ -115,7 +115,7 @@ class TextToImage(Family):
 
     def normalization(self, vae) -> Normalization:
         """Return the map between the units of the VAE and those of the network."""
-        return Normalization(vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+        return Normalization(vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0)
 
     @torch.no_grad()
     def decode(self, pipeline, samples: Tensor) -> Tensor:

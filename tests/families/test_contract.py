@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from siss_diffusers import METHODS, PairedGradients, Query, scaling_rule
@@ -77,12 +78,12 @@ def test_a_loop_over_the_answers_draws_the_picture_of_the_pipeline(tiny, loaded,
         expected = family.sample(pipeline, conditions, empty, Sampling(3, tiny.scale, 2, seed=5))
 
     path, scheduler = family.path(pipeline), family.sampling_scheduler(pipeline.scheduler)
-    if hasattr(scheduler, "alphas_cumprod"):
-        scheduler.set_timesteps(3)
+    scheduler.set_timesteps(3, **({"mu": 0.0} if scheduler.config.get("use_dynamic_shifting") else {}))
+    if path.prediction_type == "flow_prediction":
+        # As the pipeline has set them, which may shift them with the size of the picture. Solvers round timesteps.
+        levels, scheduler.timesteps, scheduler.sigmas = used.timesteps / 1000, used.timesteps, used.sigmas
+    else:
         levels = path.sigmas[used.timesteps]
-    else:  # as the pipeline has set them, which may shift them with the size of the picture
-        levels = used.sigmas[:3]
-        scheduler.timesteps, scheduler.sigmas, scheduler.num_inference_steps = used.timesteps, used.sigmas, 3
     latents = draw(latent_shape(family, pipeline), 5, 6)
     with torch.no_grad():
         for timestep, sigma in zip(used.timesteps, levels):
@@ -143,6 +144,12 @@ def test_a_step_of_naive_deletion_has_the_gradient_of_the_official_script(loaded
 # --- adapters
 
 
+def scales_of(network) -> set[float]:
+    """Return alpha / rank of every layer with an adapter."""
+    layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    return {scale for layer in layers for scale in layer.scaling.values()}
+
+
 @with_adapters
 def test_an_adapter_loads_at_its_scale_and_leaves_the_base_at_scale_0(loaded, tmp_path):
     family, pipeline = loaded
@@ -161,6 +168,7 @@ def test_an_adapter_loads_at_its_scale_and_leaves_the_base_at_scale_0(loaded, tm
     for name, parameter in network.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
+    assert scales_of(network) == {3.0}
     adapted = answer(network)
     assert (adapted - base).abs().max() > 1e-4
     save_lora(network, tmp_path, type(pipeline), family.network_name)
@@ -170,6 +178,7 @@ def test_an_adapter_loads_at_its_scale_and_leaves_the_base_at_scale_0(loaded, tm
         warnings.simplefilter("error")  # diffusers warns of keys that fit nothing
         pipeline.load_lora_weights(tmp_path, adapter_name="forget", use_safetensors=True)
     torch.testing.assert_close(answer(fresh), adapted, rtol=1e-5, atol=1e-6)
+    assert scales_of(fresh) == {3.0}
     pipeline.set_adapters("forget", 0.0)
     assert answer(fresh).equal(base)
     pipeline.unload_lora_weights()

@@ -22,10 +22,10 @@ with_adapters = pytest.mark.parametrize(
 )
 
 
-def drawn(pipeline) -> np.ndarray:
-    side = {"height": 16, "width": 16}
+def drawn(tiny, pipeline) -> np.ndarray:
+    options = {"height": tiny.resolution, "width": tiny.resolution, "num_inference_steps": 2} | tiny.called
     generator = torch.Generator().manual_seed(0)
-    return pipeline(prompt="a word", num_inference_steps=2, generator=generator, output_type="np", **side).images
+    return pipeline(prompt="a word", generator=generator, output_type="np", **options).images
 
 
 @with_adapters
@@ -58,11 +58,11 @@ def test_an_adapter_is_trained_resumed_measured_and_packed(tiny, folder, lora_ar
     run_siss("push", str(out), "--evaluation", str(tmp_path / "report"), "--hub_model_id", "me/model", "--dry_run")
 
     pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
-    base = drawn(pipeline)
+    base = drawn(tiny, pipeline)
     pipeline.load_lora_weights(out, adapter_name="forget")
-    assert np.isfinite(drawn(pipeline)).all() and not np.array_equal(drawn(pipeline), base)
+    assert np.isfinite(drawn(tiny, pipeline)).all() and not np.array_equal(drawn(tiny, pipeline), base)
     pipeline.set_adapters("forget", 0.0)
-    assert np.array_equal(drawn(pipeline), base)
+    assert np.array_equal(drawn(tiny, pipeline), base)
 
 
 @of_every_family
@@ -71,7 +71,7 @@ def test_a_network_is_trained_in_full_and_the_pipeline_loads(tiny, folder, full_
     named = {"--pretrained_model_name_or_path": str(folder), "--resolution": str(tiny.resolution)}
     main(to_argv(full_args | named | more))
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", use_safetensors=True)
-    assert np.isfinite(drawn(pipeline)).all()
+    assert np.isfinite(drawn(tiny, pipeline)).all()
     run_siss("push", str(tmp_path / "out"), "--hub_model_id", "me/model", "--dry_run")
 
 
@@ -91,4 +91,6 @@ def test_images_to_keep_are_sampled(tiny, folder, tmp_path):
     )
     run_siss("curate", *named, *few, "--output_dir", str(tmp_path / "curated"))
     files = [json.loads(line) for line in (tmp_path / "curated/images/metadata.jsonl").read_text().splitlines()]
-    assert files and all(Image.open(tmp_path / "curated/images" / row["file_name"]).size == (16, 16) for row in files)
+    assert files and all(
+        Image.open(tmp_path / "curated/images" / row["file_name"]).size == (tiny.resolution,) * 2 for row in files
+    )

@@ -18,7 +18,9 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from siss_diffusers.families import (
     Flux,
     Flux2Klein,
+    PixArtSigma,
     QwenImage,
+    Sana,
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
@@ -57,10 +59,10 @@ def official_sdxl(network, tensors, pipeline, latents, noise, indices):
     return official_epsilon(pipeline, latents, noise, indices, predict)
 
 
-def official_flow(pipeline, model_input, noise, indices, predict) -> torch.Tensor:
+def official_flow(pipeline, model_input, noise, indices, predict, config=None) -> torch.Tensor:
     """The loss of train_dreambooth_lora_sd3.py (with --precondition_outputs 0), and those for Flux, Flux.2 klein, Qwen-Image
     and Z-Image, with --weighting_scheme none. Their timesteps begin with the noisiest."""
-    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_config(config or pipeline.scheduler.config)
     step_indices = noise_scheduler.config.num_train_timesteps - 1 - indices
     timesteps = noise_scheduler.timesteps[step_indices]
     sigmas = noise_scheduler.sigmas[step_indices].flatten()[:, None, None, None]
@@ -140,6 +142,34 @@ def official_qwen_image(network, tensors, pipeline, latents, noise, indices):
     return official_flow(pipeline, latents, noise, indices, predict)
 
 
+def official_sana(network, tensors, pipeline, latents, noise, indices):
+    def predict(noisy, timesteps):
+        return network(
+            hidden_states=noisy,
+            encoder_hidden_states=tensors["encoder_hidden_states"],
+            encoder_attention_mask=tensors["encoder_attention_mask"],
+            timestep=timesteps * network.config.timestep_scale,
+            return_dict=False,
+        )[0]
+
+    # The script leaves out the shift that the pipeline samples with.
+    config = {"num_train_timesteps": 1000, "shift": pipeline.scheduler.config.flow_shift}
+    return official_flow(pipeline, latents, noise, indices, predict, config)
+
+
+def official_pixart_sigma(network, tensors, pipeline, latents, noise, indices):
+    def predict(noisy, timesteps):
+        return network(
+            noisy,
+            encoder_hidden_states=tensors["encoder_hidden_states"],
+            encoder_attention_mask=tensors["encoder_attention_mask"],
+            timestep=timesteps,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        ).sample.chunk(2, 1)[0]
+
+    return official_epsilon(pipeline, latents, noise, indices, predict)
+
+
 def official_z_image(network, tensors, pipeline, latents, noise, indices):
     prompt_embeds = [states[:length] for states, length in zip(tensors["cap_feats"], tensors["lengths"])]
 
@@ -160,4 +190,6 @@ OFFICIAL = {
     Flux2Klein: official_flux2_klein,
     QwenImage: official_qwen_image,
     ZImage: official_z_image,
+    Sana: official_sana,
+    PixArtSigma: official_pixart_sigma,
 }
