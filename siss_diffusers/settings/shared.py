@@ -46,6 +46,9 @@ class Settings:
     guidance_scale = 1.0
     validation_prompts = ()
     keep_target = "noise"
+    forget_conditions = None
+    searches_conditions = False
+    adversarial_every = adversarial_steps = adversarial_restarts = 0
     non_ema_revision = None
 
     # fmt: off

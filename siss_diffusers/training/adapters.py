@@ -19,6 +19,29 @@ from siss_diffusers.storage.sharding import gathered, load_into
 from siss_diffusers.storage.tensors import open_tensors
 
 
+def layers_of(network: nn.Module) -> list[str]:
+    """Return the names of all linear and convolutional layers, which can have an adapter."""
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
+def choose_target_modules(network: nn.Module, target_modules: Sequence[str], default: Sequence[str]) -> list[str]:
+    """Return the layers that get an adapter: those that are named, or every one of the network for `all`.
+
+    Args:
+        network: its weights are not read.
+        default: the targets to name in a message.
+
+    Raises:
+        UsageError: for a layer that the network does not have, or others beside `all`.
+    """
+    if "all" not in target_modules:
+        check_target_modules(network, target_modules, default)
+        return list(target_modules)
+    if len(target_modules) > 1:
+        raise UsageError("--lora_target_modules: `all` stands alone; drop the other names, or name layers only")
+    return layers_of(network)
+
+
 def check_target_modules(network: nn.Module, target_modules: Sequence[str], default: Sequence[str]) -> None:
     """Refuse a target that is not the end of the name of a linear or convolutional layer.
 
@@ -29,7 +52,7 @@ def check_target_modules(network: nn.Module, target_modules: Sequence[str], defa
     Raises:
         UsageError: naming the target.
     """
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    layers = layers_of(network)
     for target in target_modules:
         if not any(name == target or name.endswith("." + target) for name in layers):
             raise UsageError(

@@ -123,7 +123,11 @@ def read_training_set(
     redirect_rows, other_redirect_rows = [], []
     if "posterior_mean" in method.needs:
         redirect_rows, other_redirect_rows = rows_to_redirect_to(
-            order, train_captions, forget_captions, settings.num_redirect_images
+            order,
+            train_captions,
+            forget_captions,
+            settings.num_redirect_images,
+            of_any_prompt=settings.forget_conditions is not None,
         )
     return TrainingSet(
         split,
@@ -138,9 +142,16 @@ def read_training_set(
 
 
 def rows_to_redirect_to(
-    order: KeepOrder, train_captions: pa.ChunkedArray | None, forget_captions: list[str] | None, count: int
+    order: KeepOrder,
+    train_captions: pa.ChunkedArray | None,
+    forget_captions: list[str] | None,
+    count: int,
+    of_any_prompt: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Choose the images to keep that forget images are redirected to: the first of the order, whatever is drawn.
+
+    Args:
+        of_any_prompt: whether forget images are told other conditions than their prompts.
 
     Returns:
         Up to `count` rows of each prompt of a forget image; and up to `count` rows of any prompt, where a prompt has none.
@@ -148,7 +159,9 @@ def rows_to_redirect_to(
     if train_captions is None:
         return [], order.first(count)
     by_prompt = [order.first(count, same_captions(train_captions, [caption])) for caption in set(forget_captions)]
-    return sorted({row for rows in by_prompt for row in rows}), [] if all(by_prompt) else order.first(count)
+    return sorted({row for rows in by_prompt for row in rows}), [] if all(
+        by_prompt
+    ) and not of_any_prompt else order.first(count)
 
 
 def log_counts(training_set: TrainingSet) -> None:
