@@ -11,7 +11,7 @@ import numpy as np
 
 # The key of a pair is (seed, PAIR, window, index of the pair in the window); likewise the others.
 PAIR, COMPONENT, ORDER, CALIBRATION, MODEL, ADAPTER, STRANGERS = 0, 1, 2, 3, 5, 6, 7
-EMBEDDING_SEARCH, SEARCH_START, DENOISING_ERROR = 8, 9, 10
+EMBEDDING_SEARCH, SEARCH_START, DENOISING_ERROR, FORGET_CONDITION, GAUSSIAN_CONDITION = 8, 9, 10, 11, 12
 
 
 def keyed_generator(seed: int, purpose: int, *key: int) -> np.random.Generator:
@@ -29,6 +29,23 @@ def mixture_components(seed: int, window: int, num_pairs: int, lam: float) -> np
     components = np.zeros(num_pairs, dtype=bool)
     components[generator.permutation(num_pairs)[:count]] = True
     return components
+
+
+@lru_cache(maxsize=4)
+def condition_kinds(seed: int, window: int, num_pairs: int, lam: float, shares: tuple[float, ...]) -> np.ndarray:
+    """Return the number of the kind of condition of each pair of a window, `(num_pairs,)`.
+
+    Stratified among the pairs that are made from their forget image, a share `lam`, and among the others: the count of a
+    kind is its share, rounded up or down at random so that it is right in expectation.
+    """
+    generator = keyed_generator(seed, FORGET_CONDITION, window)
+    components = mixture_components(seed, window, num_pairs, lam)
+    kinds = np.zeros(num_pairs, dtype=np.int64)
+    for pairs in (np.flatnonzero(components), np.flatnonzero(~components)):
+        places = (np.arange(len(pairs)) + generator.random()) / max(len(pairs), 1)
+        drawn = np.searchsorted(np.cumsum(shares) / sum(shares), places, side="right")
+        kinds[generator.permutation(pairs)] = drawn.clip(max=len(shares) - 1)
+    return kinds
 
 
 @lru_cache(maxsize=4)

@@ -118,6 +118,29 @@ def quantile_or_off(text: str) -> float | str:
     return text if text == "off" else unit_float(text)
 
 
+# What the network can be told of a forget image in training.
+CONDITION_KINDS = ("prompt", "empty", "other", "gauss", "adversarial")
+
+
+def condition_shares(text: str) -> dict[str, float]:
+    """Parse shares of kinds of condition, such as `prompt:0.5,empty:0.5`.
+
+    Raises:
+        ArgumentTypeError: for an unknown kind, or shares that do not sum to 1.
+    """
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        kind, _, share = part.partition(":")
+        if kind not in CONDITION_KINDS or kind in shares:
+            raise argparse.ArgumentTypeError(
+                f"must name each of {', '.join(CONDITION_KINDS)} at most once, as in prompt:0.5,empty:0.5, not {part!r}"
+            )
+        shares[kind] = unit_float(share)
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise argparse.ArgumentTypeError(f"must have shares that sum to 1, not to {sum(shares.values()):g}")
+    return shares
+
+
 # The flags that say which images to forget, of the scripts and of `siss evaluate`.
 FORGET_SET_HELP = {
     "forget_data_dir": "A folder of images to forget; copies of them are not kept.",

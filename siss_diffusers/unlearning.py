@@ -20,7 +20,8 @@ from siss_diffusers.settings import Settings, resolve
 from siss_diffusers.storage.checkpoints import list_checkpoints
 from siss_diffusers.storage.files import LORA_FILE
 from siss_diffusers.storage.folders import made_folder
-from siss_diffusers.training.adapters import check_target_modules
+from siss_diffusers.training.adapters import choose_target_modules
+from siss_diffusers.training.adversary import Adversary
 from siss_diffusers.training.near_duplicates import write_near_duplicates
 from siss_diffusers.training.network import TrainedNetwork
 from siss_diffusers.training.output_dir import check_output_dir
@@ -150,7 +151,8 @@ def with_family_defaults(settings: Settings, family: Family, source: PipelineSou
         return settings
     settings = settings.replace(lora_target_modules=list(settings.lora_target_modules or family.lora_targets))
     if settings.adapter is not None:
-        check_target_modules(source.network_skeleton(family), settings.adapter.target_modules, family.lora_targets)
+        skeleton, wanted = source.network_skeleton(family), settings.adapter.target_modules
+        settings = settings.replace(lora_target_modules=choose_target_modules(skeleton, wanted, family.lora_targets))
     return settings
 
 
@@ -174,7 +176,7 @@ def fit(run: Run, rule: Rule, family: Family, source: PipelineSource, given: Giv
     if run.saved is not None:
         network.load_weights(run.checkpoint)
         restore_training_state(run.saved, run.accelerator, network.optimizer, network.lr_scheduler, network.ema)
-        problem.thresholds = None if run.saved["thresholds"] is None else run.saved["thresholds"][...]
+        problem.restore(run.saved)
     elif run.settings.calibrate_forgetting is not None:
         problem.measure_thresholds(run.settings, training_set)
     gradients = problem.make_gradients(run, rule)
@@ -182,7 +184,8 @@ def fit(run: Run, rule: Rule, family: Family, source: PipelineSource, given: Giv
 
     def write_checkpoint(folder: Path | None) -> None:
         network.save_weights(folder)
-        state = (problem.thresholds, network.optimizer, network.lr_scheduler, network.ema)
+        searched = None if problem.adversary is None else problem.adversary.state
+        state = (problem.thresholds, searched, network.optimizer, network.lr_scheduler, network.ema)
         save_training_state(folder, run.accelerator, run.description, run.progress, *state)
 
     def write_result(folder: Path | None) -> None:
@@ -195,6 +198,8 @@ def fit(run: Run, rule: Rule, family: Family, source: PipelineSource, given: Giv
 
     log_start(run, network)
     train(run, problem, gradients, validation, write_checkpoint, write_result)
+    if problem.adversary is not None:
+        problem.adversary.log_cost(run.progress.train_seconds)
     if run.saves_model:
         logger.info(f"Saved the {'adapter' if run.settings.adapter else 'unlearned pipeline'} to {run.output_dir}")
     run.finish()
@@ -237,7 +242,9 @@ def prepare_problem(
     batches = pair_batches(
         settings, method, training_set, samples, sampler, timestep_range, len(path), in_subprocesses
     )
-    return Problem(method, path, network, samples, batches, timestep_range, forget_ranges, planned_windows)
+    adversary = Adversary(settings, path, network, samples) if settings.searches_conditions else None
+    ranges = timestep_range, forget_ranges
+    return Problem(method, path, network, samples, batches, *ranges, planned_windows, adversary=adversary)
 
 
 def write_run_record(folder: Path, run: Run, problem: Problem, counts: dict[str, int]) -> None:

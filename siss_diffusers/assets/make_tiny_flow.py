@@ -123,7 +123,9 @@ def train_transformer(
         noise, timesteps = torch.randn_like(clean), torch.randint(len(path), (len(rows),))
         dropped = torch.rand(len(rows)) < args.caption_dropout
         told = table[prompts[rows].masked_fill(dropped, 0)]
-        output = family.predict(network, path.add_noise(clean, noise, timesteps), path.model_timesteps[timesteps], told)
+        output = family.predict(
+            network, path.add_noise(clean, noise, timesteps), path.model_timesteps[timesteps], told
+        )
         loss = F.mse_loss(output, path.target(clean, noise, timesteps))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

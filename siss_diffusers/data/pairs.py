@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from siss_diffusers.data.forget_conditions import ForgetConditions
 from siss_diffusers.data.keep_order import KeepOrder
 from siss_diffusers.data.latents import LoadsImages
 from siss_diffusers.draws import PAIR, draw_timestep, keyed_generator, mixture_components, shuffled_index
@@ -29,6 +30,7 @@ class PairDataset(Dataset):
         neighbors: from `nearest_neighbors`, for a method that needs them.
         keep_conditions, forget_conditions: the condition of each image that is drawn, where there are conditions.
         timestep_density: `(T,)`, how often each timestep is drawn; None for uniform draws.
+        told: draws other conditions of forget images; None: always their own.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class PairDataset(Dataset):
         keep_conditions: Mapping[int, int] | None = None,
         forget_conditions: Sequence[int] | None = None,
         timestep_density: np.ndarray | None = None,
+        told: ForgetConditions | None = None,
     ) -> None:
         self.keep = keep
         self.forget = forget
@@ -56,6 +59,7 @@ class PairDataset(Dataset):
         self.keep_conditions = keep_conditions
         self.forget_conditions = forget_conditions
         self.timestep_density = timestep_density
+        self.told = told
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         window, pair = divmod(position, self.num_pairs)
@@ -79,8 +83,11 @@ class PairDataset(Dataset):
         if "neighbors" in self.method.needs:
             item["neighbors"] = torch.stack([self.keep.load(index) for index in self.neighbors[forget_index]])
         if self.keep_conditions is not None:
-            item["keep_condition"] = torch.tensor(self.keep_conditions[keep_index])
-            item["forget_condition"] = torch.tensor(self.forget_conditions[forget_index])
+            conditions = self.keep_conditions[keep_index], self.forget_conditions[forget_index]
+            if self.told is not None:
+                drawn_for = self.seed, position, self.num_pairs, self.method.mixture
+                conditions = self.told.draw(*drawn_for, forget_index, *conditions)
+            item["keep_condition"], item["forget_condition"] = map(torch.tensor, conditions)
         return item
 
 

@@ -148,6 +148,13 @@ class Evaluator:
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale if self.family.has_prompts else None,
             "seed": settings.seed,
+            "embedding_attack": {
+                "steps": settings.attack_steps,
+                "restarts": settings.attack_restarts,
+                "samples": settings.num_attack_samples,
+            }
+            if settings.embedding_attack
+            else None,
             "relearning_rate": settings.relearning_rate if settings.relearning_steps else None,
             "versions": {name: version(name) for name in ("torch", "diffusers", "siss_diffusers")},
         }

@@ -22,8 +22,8 @@ def format_summary(content: Mapping[str, Any]) -> str:
         values = [content[name].get(metric.key) for name in names]
         if any(value is not None for value in values):
             rows.append([metric.label, *("-" if value is None else metric.format(value) for value in values)])
-            if metric.key == "copy_share":
-                rows.append(["  95 % interval, %", *(_interval(content[name]) for name in names)])
+            if any(f"{metric.key}_low" in content[name] for name in names):
+                rows.append(["  95 % interval, %", *(_interval(content[name], metric.key) for name in names)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
     widths[1:] = [max(width, MIN_COLUMN - 2) for width in widths[1:]]
     lines = [
@@ -33,7 +33,7 @@ def format_summary(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _interval(figures: Mapping[str, Any]) -> str:
-    if figures.get("copy_share") is None:
+def _interval(figures: Mapping[str, Any], key: str) -> str:
+    if figures.get(key) is None:
         return "-"
-    return "{} to {}".format(*interval_percent(figures["copy_share_low"], figures["copy_share_high"]))
+    return "{} to {}".format(*interval_percent(figures[f"{key}_low"], figures[f"{key}_high"]))

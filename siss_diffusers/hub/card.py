@@ -116,6 +116,9 @@ def training_settings(report: dict) -> list[tuple[str, object]]:
         rows.append(("scaling of the forget gradient", scaling))
     if settings.get("calibrate_forgetting"):
         rows.append(("quantile of calibrated forgetting", settings["calibrate_forgetting"]))
+    if settings.get("forget_conditions"):
+        shares = ", ".join(f"{kind} {share:g}" for kind, share in settings["forget_conditions"].items())
+        rows.append(("conditions under which images were forgotten", shares))
     if lora:
         rows.append(("LoRA", f"rank {lora['rank']}, alpha {lora['alpha']:g}"))
     rows += [("optimizer steps", report["global_step"]), ("pairs of images per step", report["pairs_per_step"])]

@@ -17,6 +17,7 @@ SETTINGS = {
     "num_inference_steps": "Sampling steps",
     "guidance_scale": "Guidance scale",
     "seed": "Seed",
+    "embedding_attack": "Embedding attack",
     "relearning_rate": "Learning rate of relearning",
     "data": "Data",
     "seconds": "Time taken",

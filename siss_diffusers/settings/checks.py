@@ -106,6 +106,11 @@ def method_of(settings: Settings) -> Method:
             f"--keep_target base: --method {method.name} does not learn from images to keep; drop it, or use"
             f" {methods_with('learns_keep')}"
         )
+    if settings.forget_conditions is not None and not method.has_both_sides and method.learns_keep:
+        raise UsageError(
+            f"--forget_conditions: --method {method.name} does not learn from images to forget; drop it, or use"
+            f" {methods_with('has_both_sides')}"
+        )
     if settings.forget_timestep_ranges is not None and not method.has_both_sides:
         raise UsageError(
             f"--forget_timestep_ranges does not apply to --method {method.name}, which learns from one kind of image; use"

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.parsing import finite_float, non_negative_float, path, positive_float, positive_int, unit_float
+from siss_diffusers.parsing import (
+    condition_shares,
+    finite_float,
+    non_negative_float,
+    path,
+    positive_float,
+    positive_int,
+    unit_float,
+)
 from siss_diffusers.settings.fields import setting, switch
 from siss_diffusers.settings.shared import INTERPOLATIONS, UNLEARNING, VALIDATION, AdapterSettings, Settings
 
@@ -97,6 +105,17 @@ class TextToImageSettings(Settings):
         " forget images: `noise`, the noise that was added, as in training; `base`, what the model answered before"
         " unlearning, at the price of one more forward pass of these rows and, without --use_lora, of a second copy of the"
         " network. Default: noise.", choices=("noise", "base"), group=UNLEARNING, public=True)
+    forget_conditions: Any = setting(None, "What the network is told of a forget image, by shares that sum to 1:"
+        " `prompt`, its own; `empty`, the empty prompt; `other`, the prompt of the image to keep of the pair; `gauss`,"
+        " Gaussian noise as large as a prompt's embedding; `adversarial`, a condition found by a search under the weights as"
+        " they are. For deletion requests: prompt:0.4,empty:0.1,other:0.1,gauss:0.1,adversarial:0.3. Default: prompt:1.",
+        parse=condition_shares, metavar="KIND:SHARE,...", group=UNLEARNING, public=True)
+    adversarial_every: int = setting(5, "Search one of the adversarial conditions anew every so many steps, in turns.",
+        parse=positive_int, metavar="K", group=UNLEARNING, public=True)
+    adversarial_steps: int = setting(20, "Steps of such a search, of 8 rows each.", parse=positive_int, metavar="N",
+        group=UNLEARNING, public=True)
+    adversarial_restarts: int = setting(8, "Adversarial conditions that are kept of each forget image, from different"
+        " starts.", parse=positive_int, metavar="N", group=UNLEARNING, resume="fixed", public=True)
 
     weighting_scheme: str = setting("none", "Of models of flow matching, as in the official scripts: how noise levels are"
         " drawn (`logit_normal`, `mode`), or how their losses are weighted (`sigma_sqrt`, `cosmap`). Default: none, uniform"
@@ -114,7 +133,7 @@ class TextToImageSettings(Settings):
         parse=positive_float, group=LORA, public=True)
     lora_dropout: float = setting(0.0, "Dropout before the adapter.", parse=unit_float, group=LORA, public=True)
     lora_target_modules: Any = setting(None, "Layers that get an adapter; default: the attention projections of the"
-        " official script, to_k to_q to_v to_out.0.", nargs="+", group=LORA, resume="fixed")
+        " official script, to_k to_q to_v to_out.0. `all`: every linear and convolutional layer.", nargs="+", group=LORA, resume="fixed")
 
     num_validation_images: int = setting(16, "Samples of each forget prompt in a validation.", parse=positive_int,
         group=VALIDATION, resume="free", public=True)
@@ -148,7 +167,16 @@ class TextToImageSettings(Settings):
             return None
         return AdapterSettings(self.rank, self.lora_alpha, self.lora_dropout, tuple(self.lora_target_modules))
 
+    @property
+    def searches_conditions(self) -> bool:
+        return (self.forget_conditions or {}).get("adversarial", 0) > 0
+
     def check_own(self) -> "TextToImageSettings":
+        for name in ("adversarial_every", "adversarial_steps", "adversarial_restarts"):
+            if not self.searches_conditions and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UsageError(
+                    f"--{name} needs --forget_conditions with a share of `adversarial`; add it, or drop this"
+                )
         if self.cache_latents and self.random_flip:
             raise UsageError("--cache_latents and --random_flip exclude each other: a cached latent cannot be flipped")
         if self.lora_dropout == 1:

@@ -48,6 +48,9 @@ class Settings:
     keep_target = "noise"
     weighting_scheme = "none"
     logit_mean, logit_std, mode_scale = 0.0, 1.0, 1.29
+    forget_conditions = None
+    searches_conditions = False
+    adversarial_every = adversarial_steps = adversarial_restarts = 0
     non_ema_revision = None
 
     # fmt: off

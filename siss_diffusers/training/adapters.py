@@ -19,13 +19,34 @@ from siss_diffusers.storage.sharding import gathered, load_into
 from siss_diffusers.storage.tensors import open_tensors
 
 
-def layers_of(network: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return the names of the linear and convolutional layers whose names end in one of the targets."""
-    return [
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and any(f".{name}".endswith(f".{target}") for target in targets)
-    ]
+def layers_of(network: nn.Module, targets: Sequence[str] | None = None) -> list[str]:
+    """Return the names of the linear and convolutional layers, which can have an adapter.
+
+    Args:
+        targets: only layers whose names end in one of these.
+    """
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if targets is None:
+        return layers
+    return [name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets)]
+
+
+def choose_target_modules(network: nn.Module, target_modules: Sequence[str], default: Sequence[str]) -> list[str]:
+    """Return the layers that get an adapter: those that are named, or every one of the network for `all`.
+
+    Args:
+        network: its weights are not read.
+        default: the targets to name in a message.
+
+    Raises:
+        UsageError: for a layer that the network does not have, or others beside `all`.
+    """
+    if "all" not in target_modules:
+        check_target_modules(network, target_modules, default)
+        return list(target_modules)
+    if len(target_modules) > 1:
+        raise UsageError("--lora_target_modules: `all` stands alone; drop the other names, or name layers only")
+    return layers_of(network)
 
 
 def check_target_modules(network: nn.Module, target_modules: Sequence[str], default: Sequence[str]) -> None:

@@ -110,6 +110,7 @@ def configure_fsdp(settings: Settings, accelerator: Accelerator) -> None:
         "--use_8bit_adam": settings.use_8bit_adam,
         "--keep_target base without --use_lora": settings.keep_target == "base" and settings.adapter is None,
         "--offload_ema": settings.offload_ema,
+        "a share of `adversarial` in --forget_conditions": settings.searches_conditions,
         "`dynamo_config`": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
         "`fsdp_offload_params`": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
     }

@@ -90,6 +90,11 @@ class TrainedNetwork:
             noisy = noisy.to(self.module.dtype)  # it is called without autocast
         return self.family.predict(self.call, noisy, model_timesteps, conditions)
 
+    def predict_alone(self, noisy: Tensor, model_timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """Call the network without the engine around it: DDP would wait for a backward that reaches the weights."""
+        call = self.module if self.call is self.model else self.call
+        return self.family.predict(call, noisy, model_timesteps, conditions).float()
+
     @torch.no_grad()
     def predict_of_base(self, noisy: Tensor, model_timesteps: Tensor, conditions: Conditions | None) -> Tensor:
         """Return what the network answered before the training: without its adapter, or by a frozen copy."""

@@ -19,6 +19,7 @@ from siss_diffusers.gradients.engine import PairedGradients
 from siss_diffusers.methods import Method, Query, Rows
 from siss_diffusers.noising import GaussianPath, loss_weights
 from siss_diffusers.settings import Settings
+from siss_diffusers.training.adversary import Adversary
 from siss_diffusers.training.network import TrainedNetwork
 from siss_diffusers.training.run import Run
 from siss_diffusers.training.samples import Samples, threshold_source
@@ -42,6 +43,7 @@ class Problem:
         planned_windows: windows whose latents are cached; None where there is no limit.
         thresholds: `(T,)`, tau_t; for a method that needs them `(2, T)`, tau_t and the threshold of images to keep alone;
             None for none.
+        adversary: searches conditions for forget images; None where none are searched.
     """
 
     method: Method
@@ -53,6 +55,7 @@ class Problem:
     forget_ranges: list[tuple[int, int]]
     planned_windows: int | None = None
     thresholds: Tensor | None = None
+    adversary: Adversary | None = None
 
     def __post_init__(self) -> None:
         self.device = self.network.accelerator.device
@@ -69,6 +72,8 @@ class Problem:
                 f"{progress.skipped_steps} steps were skipped, their gradients were not finite; lower --learning_rate or"
                 " --forget_scale, use bf16 instead of fp16, or allow more by --max_skipped_steps"
             )
+        if self.adversary is not None:
+            self.adversary.refresh(progress.window)
         window, forget_range = [], current_forget_range(settings, self.forget_ranges, progress)
         for _ in range(settings.gradient_accumulation_steps):
             query = self._complete(Query(path=self.path, **next(self.batches)))
@@ -82,7 +87,8 @@ class Problem:
     def _complete(self, query: Query) -> Query:
         """Return a query with what its method needs and no data loader can draw."""
         if "posterior_mean" in self.method.needs:
-            query = replace(query, posterior_mean=self.samples.keep_posterior.means(query))
+            means = self.samples.keep_posterior.means(query, self.samples.prompts_of(query.forget_condition))
+            query = replace(query, posterior_mean=means)
         if "thresholds" in self.method.needs:
             none = torch.full((2, len(self.path)), torch.inf)
             thresholds, keep_thresholds = (none if self.thresholds is None else self.thresholds)[:, query.timesteps]
@@ -92,8 +98,9 @@ class Problem:
     def _with_targets_of_base(self, rows: Rows) -> Rows:
         """Return rows whose keep target is the answer of the base, where it cannot know a forget image: not in rows made
         from one, nor under the prompt of one."""
-        memorized = torch.tensor(self.samples.forget_prompt_rows)
-        chosen = (rows.keep_weight != 0) & ~rows.from_forget & ~torch.isin(rows.condition, memorized)
+        memorized = torch.tensor(self.samples.memorized_rows)
+        is_known = (rows.condition < len(self.samples.conditions)) & ~torch.isin(rows.condition, memorized)
+        chosen = (rows.keep_weight != 0) & ~rows.from_forget & is_known
         index = chosen.nonzero().flatten()
         if len(index) == 0 and not self.network.sharded:
             return rows
@@ -104,6 +111,16 @@ class Problem:
         targets = rows.keep_target.clone()
         targets[index] = answers[: len(index)]
         return replace(rows, keep_target=targets)
+
+    def restore(self, saved: dict) -> None:
+        """Go on with the thresholds and the searched conditions of a checkpoint.
+
+        Args:
+            saved: from `load_state`; one that is older than searched conditions has none.
+        """
+        self.thresholds = None if saved["thresholds"] is None else saved["thresholds"][...]
+        if self.adversary is not None and saved.get("searched") is not None:
+            self.adversary.load({name: tensor[...] for name, tensor in saved["searched"].items()})
 
     def predict(self, rows: Rows) -> Tensor:
         """Return the network's output for rows on the device."""

@@ -50,14 +50,24 @@ class KeepPosterior:
         if conditions is not None:
             for row in rows:
                 by_condition.setdefault(conditions[row], []).append(row)
+            # Of conditions that no forget image has, those that stand in.
+            of_others: dict[int, list[int]] = {}
+            for row in other_rows:
+                if conditions[row] not in by_condition:
+                    of_others.setdefault(conditions[row], []).append(row)
+            by_condition |= of_others
         members = {condition: numbers(of_condition) for condition, of_condition in by_condition.items()}
         return cls(images, members, numbers(other_rows or rows))
 
-    def means(self, query: Query) -> Tensor:
-        """Return y' `(B, C, H, W)`, on the host, of the pairs with `from_forget`; a itself of the others."""
+    def means(self, query: Query, conditions: Tensor | None = None) -> Tensor:
+        """Return y' `(B, C, H, W)`, on the host, of the pairs with `from_forget`; a itself of the others.
+
+        Args:
+            conditions: `(B,)`, whose images to keep are meant; None: those of the forget images.
+        """
         means = query.forget.clone()
         ratio = query.path.alphas[query.timesteps] / query.path.sigmas[query.timesteps]
-        conditions = query.forget_condition
+        conditions = query.forget_condition if conditions is None else conditions
         if conditions is None:
             conditions = torch.zeros(len(means), dtype=torch.long)
         for condition in conditions[query.from_forget].unique().tolist():

@@ -21,6 +21,7 @@ from siss_diffusers.methods import Method
 from siss_diffusers.noising import timestep_density
 from siss_diffusers.settings import Settings
 from siss_diffusers.training.redirection import KeepPosterior
+from siss_diffusers.training.told_conditions import ToldConditions, other_prompts, tell_conditions
 from siss_diffusers.training.training_set import TrainingSet, crops_are_random
 
 
@@ -51,6 +52,8 @@ class Samples:
         forget_prompt_rows: rows of the distinct prompts of the forget images.
         validation_rows: rows of --validation_prompts.
         empty_row: row of the empty prompt.
+        other_prompt_rows: rows of some prompts of images to keep alone, the same on every process.
+        told: conditions that are drawn for forget images; None: always those of their prompts.
     """
 
     keep: LoadsImages
@@ -67,10 +70,26 @@ class Samples:
     forget_prompt_rows: tuple[int, ...] = ()
     validation_rows: tuple[int, ...] = ()
     empty_row: int | None = None
+    other_prompt_rows: tuple[int, ...] = ()
+    told: ToldConditions | None = None
+
+    @property
+    def memorized_rows(self) -> tuple[int, ...]:
+        """Return the rows of prompts under which the base may give a forget image, as far as the training says so."""
+        return self.forget_prompt_rows if self.told is None else (*self.forget_prompt_rows, self.empty_row)
+
+    def prompts_of(self, numbers: Tensor | None) -> Tensor | None:
+        """Return the conditions whose images to keep belong to these numbers of conditions."""
+        if self.told is None or numbers is None:
+            return numbers
+        return torch.tensor([self.told.numbering.prompt_of(number) for number in numbers.tolist()])
 
     def conditions_of(self, rows: Tensor | list[int] | None) -> Conditions | None:
         """Return the conditions of these rows, on the device; None for unconditional models."""
-        return None if self.conditions is None else self.conditions[rows].to(self.device)
+        if self.conditions is None:
+            return None
+        table = self.conditions if self.told is None else self.told
+        return table[rows].to(self.device)
 
 
 @dataclass(frozen=True)
@@ -94,7 +113,7 @@ def drawn_images(
     order, num_forget = training_set.split.order, len(training_set.split.forget)
     keep_rows = {order[position] for position in positions}
     forget_rows = {shuffled_index(settings.seed, 1, position, num_forget) for position in positions}
-    if "neighbors" in method.needs:
+    if "neighbors" in method.needs or settings.searches_conditions:
         forget_rows = set(range(num_forget))
     keep_rows |= training_set.compared_rows
     return Drawn(sorted(keep_rows), sorted(forget_rows))
@@ -196,9 +215,10 @@ def number_prompts(
     prompts = Prompts(family, pipeline)
     forget_numbers = prompts.number(training_set.forget_captions)
     keep_numbers = prompts.number(training_set.captions_of(drawn.keep_rows))
+    other_numbers = prompts.number(other_prompts(training_set)) if settings.searches_conditions else []
     (empty,), validation_numbers = prompts.number([""]), prompts.number(settings.validation_prompts)
     prompts.warn_of_truncated()
-    table, row_of = prompts.embed({*forget_numbers, *keep_numbers, *validation_numbers, empty})
+    table, row_of = prompts.embed({*forget_numbers, *keep_numbers, *validation_numbers, *other_numbers, empty})
     # With an adapter the frozen weights can be in half precision, and what they are told as well.
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.mixed_precision, torch.float32)
     table = table.to("cpu", precision)
@@ -208,6 +228,9 @@ def number_prompts(
     samples.forget_prompt_rows = tuple(row_of[number] for number in sorted(set(forget_numbers)))
     samples.validation_rows = tuple(row_of[number] for number in validation_numbers)
     samples.empty_row = row_of[empty]
+    samples.other_prompt_rows = tuple(row_of[number] for number in other_numbers if number not in forget_numbers)
+    if settings.forget_conditions is not None:
+        samples.told = tell_conditions(settings, training_set, samples)
 
 
 def encode_images(
@@ -277,5 +300,6 @@ def pair_batches(
         samples.keep_conditions,
         samples.forget_conditions,
         None if density is None else density.numpy(),
+        None if samples.told is None else samples.told.numbering,
     )
     return iter(window_loader(pairs, sampler, settings.dataloader_num_workers if in_subprocesses else 0))

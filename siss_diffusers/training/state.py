@@ -37,6 +37,7 @@ def save_training_state(
     run: dict,
     progress: Progress,
     thresholds: torch.Tensor | None,
+    searched: dict[str, torch.Tensor] | None,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     ema_model: EMAModel | None,
@@ -46,6 +47,7 @@ def save_training_state(
     Args:
         folder: None on the ranks that only hand over their shards.
         run: from `describe_run`.
+        searched: adversarial conditions; None for none.
     """
     save_state(
         folder,
@@ -53,6 +55,7 @@ def save_training_state(
             "run": run,
             "progress": asdict(progress),
             "thresholds": thresholds,
+            "searched": searched,
             "optimizer": optimizer.state_dict(),
             "lr_scheduler": lr_scheduler.state_dict(),
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),

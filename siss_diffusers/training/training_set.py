@@ -124,7 +124,12 @@ def read_training_set(
     redirect_rows, other_redirect_rows = [], []
     if "posterior_mean" in method.needs:
         redirect_rows, other_redirect_rows = rows_to_redirect_to(
-            order, train_captions, forget_captions, settings.num_redirect_images, family.sees_case
+            order,
+            train_captions,
+            forget_captions,
+            settings.num_redirect_images,
+            family.sees_case,
+            of_any_prompt=settings.forget_conditions is not None,
         )
     return TrainingSet(
         split,
@@ -144,8 +149,12 @@ def rows_to_redirect_to(
     forget_captions: list[str] | None,
     count: int,
     sees_case: bool = False,
+    of_any_prompt: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Choose the images to keep that forget images are redirected to: the first of the order, whatever is drawn.
+
+    Args:
+        of_any_prompt: whether forget images are told other conditions than their prompts.
 
     Returns:
         Up to `count` rows of each prompt of a forget image; and up to `count` rows of any prompt, where a prompt has none.
@@ -155,7 +164,8 @@ def rows_to_redirect_to(
     by_prompt = [
         order.first(count, same_captions(train_captions, [caption], sees_case)) for caption in set(forget_captions)
     ]
-    return sorted({row for rows in by_prompt for row in rows}), [] if all(by_prompt) else order.first(count)
+    enough = all(by_prompt) and not of_any_prompt
+    return sorted({row for rows in by_prompt for row in rows}), [] if enough else order.first(count)
 
 
 def log_counts(training_set: TrainingSet) -> None:

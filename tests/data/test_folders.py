@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from siss_diffusers.auditing import load_training_images
-from siss_diffusers.commands.audit import read_captions
+from siss_diffusers.commands.audit_prompts import read_captions
 from siss_diffusers.data.captions import load_captions
 from siss_diffusers.data.images import ImageTransform
 from siss_diffusers.data.sources import ImageRows, load_image_rows

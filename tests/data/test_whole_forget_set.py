@@ -11,7 +11,7 @@ from PIL import Image
 
 from siss_diffusers.api import unlearn
 from siss_diffusers.auditing import load_training_images
-from siss_diffusers.commands.audit import read_captions
+from siss_diffusers.commands.audit_prompts import read_captions
 from siss_diffusers.data.captions import load_captions
 from siss_diffusers.data.images import ImageTransform
 from siss_diffusers.data.memory import rows_of

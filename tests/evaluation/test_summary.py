@@ -26,3 +26,9 @@ def test_a_model_without_an_interval():
     assert "-" in format_summary(
         {"base": {"copy_share": None}, "other": {"copy_share": 0.1, "copy_share_low": 0.0, "copy_share_high": 0.3}}
     )
+
+
+def test_an_attack_has_its_interval_too():
+    attack = {"attacked_copy_share": 0.25, "attacked_copy_share_low": 0.1, "attacked_copy_share_high": 0.47}
+    lines = format_summary({"base": attack, "other": {"attacked_copy_share": None}}).splitlines()
+    assert "25.0 %" in lines[1] and "10.0 to 47.0" in lines[2] and lines[2].endswith("-")

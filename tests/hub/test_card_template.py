@@ -66,6 +66,13 @@ def code(card: str) -> str:
     return block
 
 
+def test_the_conditions_of_forgetting_are_named_by_their_shares(adapter):
+    settings = REPORT["settings"] | {"forget_conditions": {"prompt": 0.5, "adversarial": 0.5}}
+    assert "| conditions under which images were forgotten | prompt 0.5, adversarial 0.5 |" in render(
+        adapter, settings=settings
+    )
+
+
 class TestKinds:
     def test_adapter(self, adapter):
         card = render(adapter)
@@ -200,6 +207,15 @@ class TestFigures:
         card = render(adapter, base=COPIES, unlearned=COPIES | {"relearning": points})
         assert "fine-tuned for 20 steps" in card and "At most 12.5 % of its samples" in card
         assert "fine-tuned for" not in render(adapter, base=COPIES, unlearned=COPIES | {"relearning": None})
+
+    def test_whether_it_stays_forgotten(self, adapter):
+        attack = {"attacked_copy_share": 0.125, "attacked_copy_share_low": 0.05, "attacked_copy_share_high": 0.25}
+        attack |= {"attacked_control_share": 0.02, "memorized_bits": 812.4, "memorized_bits_se": 3.1}
+        attack |= {"embedding_attack": {"gauss": [{"guidance": 1.0, "step": 50, "copy_share": 0.125}]}}
+        rows = {row[0]: row[2] for row in table(render(adapter, base=COPIES, unlearned=COPIES | attack), HEAD)}
+        assert rows["Copies after an embedding attack"] == "12.5 % [5.0, 25.0]"
+        assert rows["The same of never seen pictures"] == "2.0 %"
+        assert rows["Bits forgotten of an image"] == "812.4 ± 3.100"
 
     @pytest.mark.parametrize("base", [None, {}, {"fid": None}])
     def test_nothing_measured(self, base, adapter):

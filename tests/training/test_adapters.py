@@ -6,19 +6,26 @@ from diffusers import StableDiffusionPipeline
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.settings import AdapterSettings
-from siss_diffusers.training.adapters import add_lora, check_target_modules, load_lora, save_lora
-from tests.helpers.tiny_sd import predict, save_pipeline
+from siss_diffusers.training.adapters import (
+    add_lora,
+    check_target_modules,
+    choose_target_modules,
+    load_lora,
+    save_lora,
+)
+from tests.helpers.tiny_sd import build_pipeline, predict, save_pipeline
 
 
 RANK, ALPHA = 3, 7.5
 
 
-@pytest.fixture(params=[("to_q", "to_v"), ("conv1",), ("to_q", "to_v", "conv1")], ids="+".join)
+@pytest.fixture(params=[("to_q", "to_v"), ("conv1",), ("to_q", "to_v", "conv1"), ("all",)], ids="+".join)
 def adapted(request, tmp_path):
     """A UNet with an adapter as training leaves it, and the folders of its pipeline and of the adapter."""
     base = save_pipeline(tmp_path / "base")
     unet = StableDiffusionPipeline.from_pretrained(base).unet
-    add_lora(unet, AdapterSettings(RANK, ALPHA, 0.0, request.param), torch.float32)
+    targets = choose_target_modules(unet, request.param, ("to_q",))
+    add_lora(unet, AdapterSettings(RANK, ALPHA, 0.0, tuple(targets)), torch.float32)
     with torch.no_grad():
         for parameter in unet.parameters():
             if parameter.requires_grad:
@@ -63,3 +70,17 @@ def test_targets_must_exist(pipeline_folder):
     check_target_modules(unet, ["to_q", "conv1"], ["to_q"])
     with pytest.raises(UsageError, match="'to_x'"):
         check_target_modules(unet, ["to_q", "to_x"], ["to_q"])
+
+
+def test_all_is_every_linear_and_convolutional_layer():
+    unet = build_pipeline().unet
+    layers = {name for name, module in unet.named_modules() if type(module) in (torch.nn.Linear, torch.nn.Conv2d)}
+    assert {"conv_in", "conv_out", "time_embedding.linear_1"} < layers
+    assert set(choose_target_modules(unet, ["all"], ["to_q"])) == layers
+    add_lora(unet, AdapterSettings(2, 2, 0.0, tuple(layers)), torch.float32)
+    assert {name for name, module in unet.named_modules() if hasattr(module, "lora_A")} == layers
+
+
+def test_all_stands_alone():
+    with pytest.raises(UsageError, match="`all` stands alone"):
+        choose_target_modules(build_pipeline().unet, ["to_q", "all"], ["to_q"])

@@ -284,6 +284,14 @@ def test_what_an_engine_cannot_do_is_one_sentence(engine, environment, flags, ex
     assert "Traceback" not in child.output and not (tmp_path / "out").exists()
 
 
+def test_fsdp2_cannot_search_conditions(forker, full_args, tmp_path):
+    argv = [ON_CPU, "fsdp2", SD, *to_argv(full_args | {"--forget_conditions": "prompt:0.5,adversarial:0.5"})]
+    (child,) = start_group(forker, 1, "python", argv, **FSDP2)
+    assert forker.wait(child, timeout=120) == 2
+    assert "error: a share of `adversarial` in --forget_conditions is not supported under FSDP 2" in child.output
+    assert not (tmp_path / "out").exists()
+
+
 def environment_of(config: Path) -> tuple[int, dict[str, str]]:
     """Processes, and what `accelerate launch --config_file` would tell them."""
     load_config_from_file(str(config))  # which refuses keys that it does not know
