@@ -129,10 +129,11 @@ def count_controls(model: "MeasuredModel", controls: Sequence[Control], samples:
     }
 
 
-def worst_of_last_step(model: "MeasuredModel", key: str, name: str) -> dict[str, Any]:
-    """Return the highest share under `key` after the last step, of all starts and guidance scales, with its interval."""
+def highest_share(model: "MeasuredModel", key: str, name: str) -> dict[str, Any]:
+    """Return the highest share under `key`, of all starts, guidance scales and numbers of steps, with its interval: a longer
+    search is not always a better one."""
     rows = [row for of_start in model.once(attack_rows).values() for row in of_start]
-    rows = [row for row in rows if row["step"] == model.settings.attack_steps and row.get(key) is not None]
+    rows = [row for row in rows if row.get(key) is not None]
     if not rows:
         raise Skip("every sample is broken, or there is no control")
     worst = max(rows, key=lambda row: row[key])
@@ -143,10 +144,10 @@ ATTACKED_COPY_SHARE = Metric(
     key="attacked_copy_share",
     label="Copies after an embedding attack",
     explanation=(
-        "Highest share of copies that a search of the text-embedding space reaches, of all its starts and guidance"
-        " scales. Lower is better; at or below the next row it proves nothing."
+        "Highest share of copies that a search of the text-embedding space reaches, of all its starts, guidance scales"
+        " and numbers of steps. Lower is better; at or below the next row it proves nothing."
     ),
-    measure=lambda model: worst_of_last_step(model, "copy_share", "attacked_copy_share"),
+    measure=lambda model: highest_share(model, "copy_share", "attacked_copy_share"),
     format=percent,
     better="lower",
     chapter="memory",
@@ -158,7 +159,7 @@ ATTACKED_CONTROL_SHARE = Metric(
         "What the same search reaches with pictures that the model never saw: the floor of the attack. A long search"
         " in a small model can describe any picture."
     ),
-    measure=lambda model: worst_of_last_step(model, "control_copy_share", "attacked_control_share"),
+    measure=lambda model: highest_share(model, "control_copy_share", "attacked_control_share"),
     format=percent,
     chapter="memory",
 )

@@ -71,24 +71,24 @@ def attack_curves(models: Mapping[str, Entries]) -> dict[str, dict[float, Entrie
 def forgotten_sentence(figures: Entries) -> str:
     """Say whether what is forgotten stays so under a search, beside what the search does with pictures never seen."""
     points = attack_points(figures)
-    last = max((step for _, _, step in points), default=None)
-    points = {place: row for place, row in points.items() if place[2] == last}
     forget, controls = shares(points), shares(points, PREFIX)
     if not forget:
         return ""
-    (start, guidance, _), worst = max(forget.items(), key=lambda item: item[1]["copy_share"])
+    (start, guidance, step), worst = max(forget.items(), key=lambda item: item[1]["copy_share"])
     found = (
-        f"Does it stay forgotten? After {short_number(last)} steps of search of the text-embedding space up to"
-        f" {percent(worst['copy_share'])} of the samples are copies (from {START_PHRASES[start]}, guidance"
-        f" {short_number(guidance)}; {interval_phrase(worst)})"
+        f"Does it stay forgotten? A search of the text-embedding space, of up to {short_number(max(p[2] for p in forget))}"
+        f" steps, brings up to {percent(worst['copy_share'])} copies (from {START_PHRASES[start]}, guidance"
+        f" {short_number(guidance)}, {short_number(step)} steps; {interval_phrase(worst)})"
     )
     if not controls:
         return f"{found}. No picture that the model never saw was searched beside it, so the figure has no floor."
     floor = max(controls.values(), key=lambda row: row["copy_share"])
     interval, of_floor = interval_of(worst), interval_of(floor)
     beside = f"{found}; of pictures that it never saw, {percent(floor['copy_share'])} ({interval_phrase(floor)})"
+    if worst["copy_share"] <= floor["copy_share"]:
+        return f"{beside}. That is no more than a picture that was never trained on."
     if interval is None or of_floor is None:
         return f"{beside}."
     if interval[0] > of_floor[1]:
         return f"{beside}. The image can still be found."
-    return f"{beside}. That is no more than a picture that was never trained on."
+    return f"{beside}. The intervals overlap: these samples do not show whether the image can still be found."

@@ -8,7 +8,13 @@ import torch
 from siss_diffusers.errors import UsageError
 from siss_diffusers.evaluation import EvaluationSettings, measure
 from siss_diffusers.metrics import METRICS, PROBES
-from siss_diffusers.metrics.embedding_attack import choose_controls, count_controls, curve_marks, turned
+from siss_diffusers.metrics.embedding_attack import (
+    attack_rows,
+    choose_controls,
+    count_controls,
+    curve_marks,
+    turned,
+)
 from tests.helpers.evaluating import digits_evaluator, flowers_evaluator, load_digits, load_flowers
 
 
@@ -42,6 +48,19 @@ def test_two_attacks_are_equal_and_there_is_a_row_for_every_start_guidance_and_m
     assert found[0] == found[1]
     places = [(start, row["guidance"]) for start, rows in found[0].items() for row in rows]
     assert places == [(start, scale) for start in ("prompt", "empty", "other", "gauss") for scale in (1.0, 3.0)]
+
+
+def test_the_share_of_the_attack_is_the_highest_of_its_curve():
+    """A longer search is not always a better one."""
+    model = flowers_evaluator(**QUICK).model("base", load_flowers())
+    rows = {"prompt": [{"step": 25, **share(0.5)}, {"step": 50, **share(0.0)}], "gauss": [{"step": 50, **share(0.25)}]}
+    model._results[attack_rows] = rows
+    figures, _ = measure(model, ENTRIES[1:2])
+    assert figures == {"attacked_copy_share": 0.5, "attacked_copy_share_low": 0.4, "attacked_copy_share_high": 0.6}
+
+
+def share(value: float) -> dict[str, float]:
+    return {"copy_share": value, "copy_share_low": value - 0.1, "copy_share_high": value + 0.1}
 
 
 def test_the_curve_is_cut_at_the_steps_asked_for():

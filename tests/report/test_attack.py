@@ -43,10 +43,12 @@ def test_the_curve_is_the_worst_of_all_starts():
     [
         (
             ATTACK,
-            "up to 75.0 % of the samples are copies (from Gaussian noise, guidance 1; 95 % interval 65.0 to 85.0 %)",
+            "brings up to 75.0 % copies (from Gaussian noise, guidance 1, 50 steps; 95 % interval 65.0 to 85.0 %)",
         ),
         (ATTACK, "The image can still be found."),
-        ({"empty": [row(50, 0.1, 0.05)]}, "no more than a picture that was never trained on"),
+        ({"empty": [row(25, 0.75, 0.05), row(50, 0.1, 0.05)]}, "guidance 1, 25 steps;"),
+        ({"empty": [row(50, 0.1, 0.05)]}, "these samples do not show whether the image can still be found"),
+        ({"empty": [row(50, 0.05, 0.1)]}, "no more than a picture that was never trained on"),
         ({"empty": [row(50, 0.1)]}, "so the figure has no floor"),
         ({"a secret flower": [row(50, 0.1)]}, ""),
         ({}, ""),

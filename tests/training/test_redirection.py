@@ -49,6 +49,22 @@ def query():
     return replace(query, keep_condition=torch.full((24,), 2), forget_condition=torch.tensor([0, 7, 1] * 8))
 
 
+def test_means_of_drawn_conditions_are_over_the_images_that_belong_to_them(query):
+    """Another prompt has those of the stand-ins that have it; a searched one, 99, those of its image's prompt."""
+    keep = Keep()
+    posterior = KeepPosterior.of_rows(keep, ROWS, OTHERS, CONDITIONS, "cpu")
+    drawn = replace(query, forget_condition=torch.tensor([2, 99, 50] * 8))
+    means = posterior.means(drawn, torch.where(drawn.forget_condition == 99, 0, drawn.forget_condition))
+    expected = {
+        2: [row for row in OTHERS if row % 3 == 2],
+        99: [row for row in ROWS if row % 3 == 0],
+        50: OTHERS,  # Gaussian: of any prompt
+    }
+    for pair in query.from_forget.nonzero().flatten().tolist():
+        rows = expected[int(drawn.forget_condition[pair])]
+        torch.testing.assert_close(means[pair], mean_over(drawn, pair, keep.tensors[rows]), rtol=1e-4, atol=1e-5)
+
+
 def test_means_are_over_the_images_of_the_condition_or_of_any_where_it_has_none(query):
     keep = Keep()
     means = KeepPosterior.of_rows(keep, ROWS, OTHERS, CONDITIONS, "cpu").means(query)
