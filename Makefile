@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SOURCES := siss_diffusers train_siss_unconditional.py train_siss_sd.py benchmarks examples tests setup.py
 
-.PHONY: demo demo-unconditional demo-audit test test-full bench style quality clean
+.PHONY: demo demo-unconditional demo-audit test test-full bench gpu-check style quality clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo_sd.py
@@ -26,6 +26,9 @@ test-full: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/step_cost.py
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu_check/check.py
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -1,6 +1,6 @@
 """Measure how strongly a text-to-image model memorized an image for a prompt, on samples of that prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -65,22 +65,54 @@ def load_training_images(folder: str, resolution: int, flag: str = "--train_data
         raise UsageError(
             f"{flag}: no images in {folder}" + (f", only {inside}{cure_of_data('', files)}" if inside else "")
         )
+    names = [Path(file).relative_to(files.root).as_posix() for file in files.images]
+    pictures, several = read_pictures(flag, files.images, resolution)
+    passed_over = [describe_passed_over(files)]
+    if several:
+        passed_over.append(
+            f"all but the first picture of {len(several)} files that hold several ({files.examples(several)})"
+        )
+    return TrainingImages(names, pictures, ", ".join(filter(None, passed_over)))
+
+
+def load_references(
+    references: Mapping[str, Sequence[Path]], resolution: int, flag: str = "--reference_column"
+) -> dict[str, TrainingImages]:
+    """Load the images that prompts are said to reproduce, for each prompt.
+
+    Raises:
+        UsageError: for an image that cannot be read, or a file that holds several.
+    """
+    loaded = {}
+    for prompt, files in references.items():
+        pictures, several = read_pictures(flag, files, resolution)
+        if several:
+            raise UsageError(
+                f"{flag}: {several[0]} holds several pictures; name a file that holds the one that is meant"
+            )
+        loaded[prompt] = TrainingImages([file.name for file in files], pictures)
+    return loaded
+
+
+def read_pictures(flag: str, files: Sequence[str | Path], resolution: int) -> tuple[Tensor, list[str | Path]]:
+    """Read images as training would see them.
+
+    Returns:
+        `(N, 3, H, W)` in [0, 1], at the size at which copies are looked for, and the files that hold several pictures.
+
+    Raises:
+        UsageError: for an image that cannot be read.
+    """
     transform = ImageTransform(channels=3, resolution=resolution, center_crop=True, random_flip=False)
     pictures, several = [], []
-    for file in files.images:
+    for file in files:
         try:
             pictures.append(for_detectors(transform(read_image(file))[None] / 2 + 0.5)[0])
             if count_pictures(file) > 1:
                 several.append(file)
         except Exception as error:  # Pillow does not say how it fails where the second picture is damaged
             raise UsageError(f"{flag}: cannot read {file} ({describe_error(error)}); repair or remove it")
-    names = [Path(file).relative_to(files.root).as_posix() for file in files.images]
-    passed_over = [describe_passed_over(files)]
-    if several:
-        passed_over.append(
-            f"all but the first picture of {len(several)} files that hold several ({files.examples(several)})"
-        )
-    return TrainingImages(names, torch.stack(pictures), ", ".join(filter(None, passed_over)))
+    return torch.stack(pictures), several
 
 
 def self_similarity(images: Tensor) -> float | None:

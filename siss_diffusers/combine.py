@@ -42,6 +42,18 @@ def norm(products: Products, scale: float) -> tuple[float, float]:
     return 1.0, -scale / math.sqrt(products.forget_forget)
 
 
+def project(products: Products, scale: float) -> tuple[float, float]:
+    """`c = scale |g_k| / |g_f|` of what of g_f does not act against g_k: the step goes down
+    `g_k - c (g_f - max(0, <g_f, g_k> / <g_k, g_k>) g_k)`.
+
+    The projection of conflicting gradients (Yu et al., *Gradient Surgery*, arXiv 2001.06782), of the forget term alone.
+    """
+    c_keep, c_forget = relative(products, scale)
+    if c_forget == 0:
+        return c_keep, c_forget
+    return c_keep - c_forget * max(0.0, products.keep_forget / products.keep_keep), c_forget
+
+
 def nash(products: Products) -> tuple[float, float]:
     """The Nash bargaining solution of MUNBa (Wu & Harandi, arXiv 2411.15537), which its closed form simplifies to.
 
@@ -64,7 +76,7 @@ def erasediff(products: Products, eta: float) -> tuple[float, float]:
     return 1.0, max(eta - products.keep_forget / products.forget_forget, 0.0)
 
 
-FORGET_SCALINGS = ("relative", "norm", "fixed", "nash")
+FORGET_SCALINGS = ("relative", "norm", "fixed", "nash", "project")
 DEFAULT_SCALE = 0.1
 
 
@@ -93,8 +105,8 @@ def scaling_rule(name: str = "relative", scale: float | None = None) -> Rule:
     """Return a rule of the subtracted forget term, with its scale.
 
     Args:
-        name: `relative`, `norm`, `fixed` or `nash`.
-        scale: not negative; None is 0.1 for `relative` and `fixed`. `norm` needs one, `nash` takes none.
+        name: one of `FORGET_SCALINGS`.
+        scale: not negative; None is 0.1 for `relative`, `fixed` and `project`. `norm` needs one, `nash` takes none.
 
     Raises:
         ValueError: for an unknown name, or a scale that the rule cannot use.
@@ -115,4 +127,4 @@ def scaling_rule(name: str = "relative", scale: float | None = None) -> Rule:
         return constant_rule(1.0, -scale)
     if name == "norm":
         return Rule(partial(norm, scale=scale), needs="forget_norm")
-    return Rule(partial(relative, scale=scale))
+    return Rule(partial(project if name == "project" else relative, scale=scale))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 from accelerate import PartialState
@@ -12,6 +13,8 @@ from siss_diffusers.errors import UsageError
 
 
 T = TypeVar("T")
+# A long time: the other processes wait while one of them samples, or reads a big data set. NCCL's own is 10 minutes.
+PATIENCE = timedelta(hours=2)
 # Where launchers say how many processes they started: torchrun and accelerate, those of MPI, and srun.
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 

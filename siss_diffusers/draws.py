@@ -11,6 +11,7 @@ import numpy as np
 
 # The key of a pair is (seed, PAIR, window, index of the pair in the window); likewise the others.
 PAIR, COMPONENT, ORDER, CALIBRATION, MODEL, ADAPTER, STRANGERS = 0, 1, 2, 3, 5, 6, 7
+EMBEDDING_SEARCH, SEARCH_START, DENOISING_ERROR = 8, 9, 10
 
 
 def keyed_generator(seed: int, purpose: int, *key: int) -> np.random.Generator:

@@ -57,8 +57,7 @@ def train(
         # Two gradients, one collective, one combined step. Dropout draws from torch's own generator.
         torch.manual_seed(torch_seed(settings.seed, MODEL, progress.window, run.accelerator.process_index))
         scale = lagged_forget_scale(settings, progress)
-        with run.without_sync(network.model):
-            stats = gradients.compute(window, problem.predict, settings.max_grad_norm, run.stop_requested, scale)
+        stats = gradients.compute(window, problem.predict, settings.max_grad_norm, run.stop_requested, scale)
         figures = network.step(gradients, stats)
         progress.window += 1
         if stats.skipped:

@@ -17,21 +17,31 @@ ONE_ALGORITHM = {"bits_per_dimension"}
 # From the ground up: a room imports its own floor and those below it, never one above.
 FLOORS = (
     ("errors", "parsing", "quiet", "process"),
-    ("noising", "weights", "combine", "draws", "similarity"),
+    ("noising", "weights", "combine", "draws", "similarity", "embedding_search"),
     ("methods", "calibration"),
     ("gradients", "settings", "storage"),
     ("flags", "families", "distributed"),
     ("data",),
     ("metrics",),
     ("hub", "report"),
-    ("curation", "auditing", "evaluation"),
+    ("curation", "auditing", "evaluation", "fusing", "exporting"),
     ("training",),
     ("outcome", "unlearning", "api"),
     ("assets",),
     ("commands",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MATHEMATICS = ("noising", "weights", "combine", "draws", "similarity", "methods", "calibration", "gradients")
+MATHEMATICS = (
+    "noising",
+    "weights",
+    "combine",
+    "draws",
+    "similarity",
+    "embedding_search",
+    "methods",
+    "calibration",
+    "gradients",
+)
 HEAVY = {"diffusers", "transformers", "accelerate", "datasets", "peft"}
 
 

@@ -15,7 +15,7 @@ from tests.helpers.tiny_problem import TinyNet, draw_query, engine_gradient, mic
 
 
 RANGES = [(0, 1000), (100, 1000), (997, 1000), (500, 525)]
-SCALINGS = {"relative": 0.3, "norm": 5.0, "fixed": 0.2, "nash": None}
+SCALINGS = {"relative": 0.3, "norm": 5.0, "fixed": 0.2, "nash": None, "project": 0.3}
 
 
 @pytest.mark.parametrize("timestep_range", RANGES)

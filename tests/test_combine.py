@@ -6,7 +6,7 @@ import torch
 from siss_diffusers.combine import FORGET_SCALINGS, Products, erasediff, scaling_rule
 
 
-SCALES = {"relative": 0.3, "norm": 5.0, "fixed": 0.2, "nash": None}
+SCALES = {"relative": 0.3, "norm": 5.0, "fixed": 0.2, "nash": None, "project": 0.3}
 
 
 def products_of(keep: torch.Tensor, forget: torch.Tensor) -> Products:
@@ -42,6 +42,22 @@ def test_nash_without_a_bargain_is_naive_deletion():
     assert scaling_rule("nash")(products_of(keep, 2 * keep)) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("along", [-0.5, 0.5])
+def test_project_takes_nothing_from_the_keep_direction(seed, along):
+    """The step descends the keep loss at least as fast as the keep gradient, and goes as far up the rest of the other."""
+    keep, forget = draw(seed)
+    forget = forget + along * keep
+    c_keep, c_forget = scaling_rule("project", 0.3)(products_of(keep, forget))
+    step = c_keep * keep + c_forget * forget
+    unit = keep / keep.norm()
+    conflicts = keep @ forget > 0
+    expected = keep.norm() if conflicts else keep.norm() - 0.3 * keep.norm() / forget.norm() * (forget @ unit)
+    assert step @ unit == pytest.approx(expected)
+    across = forget - (forget @ unit) * unit
+    torch.testing.assert_close(step - (step @ unit) * unit, -0.3 * keep.norm() / forget.norm() * across)
+
+
 def test_erasediff():
     keep, forget = draw()
     products = products_of(keep, forget)
@@ -50,7 +66,7 @@ def test_erasediff():
     assert erasediff(products_of(forget, forget), 0.5) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("name", ["relative", "norm", "nash"])
+@pytest.mark.parametrize("name", ["relative", "norm", "nash", "project"])
 @pytest.mark.parametrize("products", [Products(0.0, 0.0, 1.0), Products(1.0, 0.0, 0.0), Products(0.0, 0.0, 0.0)])
 def test_a_zero_norm_means_the_keep_gradient_alone(name, products):
     assert scaling_rule(name, SCALES[name])(products) == (1.0, 0.0)
@@ -78,5 +94,6 @@ def test_what_a_rule_needs_decides_its_cost():
         "products",
         "forget_norm",
         "nothing",
+        "products",
         "products",
     ]

@@ -30,6 +30,29 @@ def compare_with_ordinary(rows: list[dict], ordinary: list[dict]) -> None:
         row["flagged"] = exceeds if row["p_values"] else None
 
 
+def separate(rows: list[dict], memorized: dict[str, bool]) -> dict[str, dict]:
+    """Return how well each measure tells labelled prompts apart.
+
+    Args:
+        memorized: whether a prompt is; prompts without a label, and those of which a measure is not known, are left out.
+
+    Returns:
+        For each measure that is known of prompts of both kinds, `Separation` as a dictionary and the numbers of prompts.
+    """
+    from siss_diffusers.metrics.separation import separation
+
+    found = {}
+    for name in MEASURES:
+        scores: dict[bool, list[float]] = {True: [], False: []}
+        for row in rows:
+            if row["prompt"] in memorized and row.get(name) is not None:
+                scores[memorized[row["prompt"]]].append(row[name])
+        if scores[True] and scores[False]:
+            numbers = {"memorized": len(scores[True]), "not_memorized": len(scores[False])}
+            found[name] = separation(scores[True], scores[False])._asdict() | numbers
+    return found
+
+
 def rank_rows(rows: list[dict], rank_by: str) -> list[dict]:
     """Sort rows by a measure, the highest first, and number them. Rows without it come last."""
     rows = sorted(rows, key=lambda row: -(row[rank_by] if row[rank_by] is not None else -inf))
@@ -94,6 +117,20 @@ def print_table(rows: list[dict], ordinary: list[dict], show_prompts: bool) -> N
         f"\n{sum(bool(row['flagged']) for row in rows)} of {len(rows)} prompts exceed all {len(ordinary)} ordinary"
         f" prompts in a measure. Of ordinary prompts, 1 in {len(ordinary) + 1} would, in each measure."
     )
+
+
+def print_separations(separations: dict[str, dict]) -> None:
+    """Print how well each measure tells memorized prompts from others, as `separate` found."""
+    if not separations:
+        return
+    print("\nHow well a measure tells memorized prompts from others, with 95 % intervals:")
+    print(f"{'':18}{'AUC':>24}{'found at 1 % false alarms':>30}")
+    for name, found in separations.items():
+        auc = f"{found['auc']:.3f} [{found['auc_low']:.3f}, {found['auc_high']:.3f}]"
+        tpr = f"{100 * found['tpr']:.0f} % [{100 * found['tpr_low']:.0f}, {100 * found['tpr_high']:.0f}]"
+        print(f"{name:18}{auc:>24}{tpr:>30}")
+    numbers = {(found["memorized"], found["not_memorized"]) for found in separations.values()}
+    print("Prompts: " + "; ".join(f"{some} memorized, {others} not" for some, others in sorted(numbers)))
 
 
 def print_broken(rows: list[dict]) -> None:

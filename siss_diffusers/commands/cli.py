@@ -1,4 +1,5 @@
-"""The console script `siss`: `siss audit`, `siss curate`, `siss evaluate`, `siss push`."""
+"""The console script `siss`: `siss audit`, `siss curate`, `siss evaluate`, `siss export`, `siss fuse`,
+`siss push`."""
 
 import sys
 from dataclasses import dataclass
@@ -38,6 +39,16 @@ COMMANDS = {
     "evaluate": Command(
         "siss_diffusers.commands.evaluate",
         "Measure what a model forgot and what it kept: base and unlearned models, on the same seeds.",
+    ),
+    "export": Command(
+        "siss_diffusers.commands.export",
+        "Write an unlearning adapter in the format of another program, at the scale at which it was trained.",
+        runs_models=False,
+    ),
+    "fuse": Command(
+        "siss_diffusers.commands.fuse",
+        "Make an unlearning adapter part of its base: a whole pipeline, from which the adapter cannot be taken out again.",
+        runs_models=False,
     ),
     "push": Command(
         "siss_diffusers.commands.push",
@@ -98,9 +109,9 @@ def start_processes() -> None:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    from siss_diffusers.distributed import check_launch
+    from siss_diffusers.distributed import PATIENCE, check_launch
 
-    check_launch(PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes)
+    check_launch(PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE).num_processes)
 
 
 def cli() -> None:

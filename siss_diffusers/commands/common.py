@@ -11,9 +11,11 @@ from siss_diffusers.storage.files import read_json
 
 
 if TYPE_CHECKING:
+    from siss_diffusers.data.prompt_lists import PromptList
     from siss_diffusers.families import Family, NamedPipeline, Sampling
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
+LIST_FORMATS = "lines of text, .csv, .jsonl or .parquet"
 
 
 def add_model_arguments(parser: argparse._ActionsContainer) -> None:
@@ -167,23 +169,30 @@ def read_object(flag: str, file: Path) -> dict:
     return content
 
 
-def read_prompts(flag: str, prompts: Sequence[str] | None, file: str | None) -> list[str]:
-    """Return the prompts of the command line and of a file with one on each line, each once, in their order.
+def read_prompts(
+    flag: str, prompts: Sequence[str] | None, file: str | None, prompt_column: str | None = None
+) -> list[str]:
+    """Return the prompts of the command line and of a list, each once, in their order.
 
     Args:
-        flag: of the prompts; that of the file ends in `_file`.
+        flag: of the prompts; that of the list ends in `_file`.
+        prompt_column: of the list, where it has columns; None for one called text, caption or prompt.
 
     Raises:
-        UsageError: if the file cannot be read, or holds no prompt.
+        UsageError: if the list cannot be read, or holds no prompt.
     """
-    from siss_diffusers.data.text import read_prompt_lines
+    from siss_diffusers.data.prompt_lists import PromptList, has_columns, read_prompt_list
 
-    lines = []
+    listed = PromptList([])
     if file is not None:
-        try:
-            lines = read_prompt_lines(file)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{flag}_file: cannot read {file} ({describe_error(error)})")
-        if not lines:
-            raise UsageError(f"{flag}_file: {file} holds no prompt; write one on each line, or drop the flag")
-    return list(dict.fromkeys([*(prompts or []), *lines]))
+        # A list of lines has no columns; the flag is then for another list.
+        column = prompt_column if has_columns(file) else None
+        listed = read_prompt_list(f"{flag}_file", file, column)
+        announce_rows_without_prompt(f"{flag}_file", listed)
+    return list(dict.fromkeys([*(prompts or []), *listed.prompts]))
+
+
+def announce_rows_without_prompt(flag: str, listed: "PromptList") -> None:
+    """Say how many rows of a list hold no prompt."""
+    if listed.without:
+        announce(f"{flag}: {count_of(listed.without, 'row')} without a prompt left out")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from siss_diffusers.commands.common import (
+    LIST_FORMATS,
     MODEL_FLAG,
     add_model_arguments,
     add_sampling_arguments,
@@ -60,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="A pipeline that takes prompts, such as Stable Diffusion: a folder, or a name on the Hub.",
     )
     parser.add_argument("--prompts", nargs="+", help="The memorized prompts.")
-    parser.add_argument("--prompts_file", type=path, help="A text file with a prompt on each line.")
+    parser.add_argument("--prompts_file", type=path, help=f"A list of prompts: {LIST_FORMATS}.")
+    parser.add_argument("--prompt_column", help="Its column of prompts; default: that called text, caption or prompt.")
     parser.add_argument("--audit", type=path, help="The folder of a `siss audit`: its flagged prompts are curated.")
     parser.add_argument(
         "--num_images", type=positive_int, default=128, help="Samples of each prompt; default: %(default)s."
@@ -127,7 +129,7 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
     """
     if args.pretrained_model_name_or_path is None:
         raise UsageError(f"{MODEL_FLAG} is needed to sample from")
-    prompts = read_prompts("--prompts", args.prompts, args.prompts_file)
+    prompts = read_prompts("--prompts", args.prompts, args.prompts_file, args.prompt_column)
     if args.audit is not None:
         prompts = list(dict.fromkeys([*prompts, *flagged_prompts(args.audit)]))
     if not prompts:
@@ -205,7 +207,7 @@ def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir:
     from accelerate import PartialState
 
     from siss_diffusers.curation import sample_prompt
-    from siss_diffusers.distributed import on_all_processes
+    from siss_diffusers.distributed import on_all_processes, on_main_process
     from siss_diffusers.families.prompts import warn_of_long_prompts
 
     source, family = open_text_to_image_model(args)
@@ -218,20 +220,25 @@ def sample_prompts(prompts: Sequence[str], args: argparse.Namespace, output_dir:
         write_json(output_dir / "curation.json", {"settings": settings})
     state.wait_for_everyone()
 
-    def draw_batch(batch: tuple[int, int]) -> None:
+    def files_of(batch: tuple[int, int]) -> list[Path]:
         prompt_index, start = batch
         indices = range(start, min(start + args.batch_size, args.num_images))
-        files = [output_dir / "samples" / image_name(prompt_index, index) for index in indices]
-        if all(file.exists() for file in files):
-            return
+        return [output_dir / "samples" / image_name(prompt_index, index) for index in indices]
+
+    def draw_batch(batch: tuple[int, int]) -> None:
+        prompt_index, start = batch
+        files = files_of(batch)
         seeded = replace(sampling, seed=sampling.seed + start)
         for image, file in zip(sample_prompt(family, pipeline, prompts[prompt_index], len(files), seeded), files):
             # What is no number becomes black, and is left out as broken.
             save_picture(image if image.isfinite().all() else torch.zeros_like(image), file)
 
     starts = range(0, args.num_images, args.batch_size)
+    batches = [(index, start) for index in range(len(prompts)) for start in starts]
     announce(f"Sampling {count_of(len(prompts), 'prompt')}, {count_of(args.num_images, 'sample')} each")
-    on_all_processes(draw_batch, [(index, start) for index in range(len(prompts)) for start in starts], "Batches")
+    # Only what is left is shared out: a process without work would wait for the others, and not for ever.
+    left = on_main_process(lambda: [batch for batch in batches if not all(file.exists() for file in files_of(batch))])
+    on_all_processes(draw_batch, left, "Batches")
 
 
 def split_prompts(

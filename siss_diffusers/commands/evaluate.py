@@ -213,6 +213,11 @@ def refuse_flags_of_prompts(args: argparse.Namespace, title: str) -> None:
     Raises:
         UsageError: naming the flag.
     """
+    if args.embedding_attack:
+        raise UsageError(
+            f"--embedding_attack searches a text conditioning, and the base is {title}; drop it: the injection, which is"
+            " always measured, plays this part"
+        )
     defaults = argparse.ArgumentParser()
     add_arguments(defaults)
     for name in OF_PROMPTS:
@@ -231,7 +236,8 @@ def make_settings(args: argparse.Namespace) -> EvaluationSettings:
     names = {field.name for field in fields(EvaluationSettings)}
     values = {name: value for name, value in vars(args).items() if name in names}
     paraphrases = read_prompts("--paraphrases", None, args.paraphrases_file)
-    return EvaluationSettings(**values | {"paraphrases": tuple(paraphrases), "prompt_noise": tuple(args.prompt_noise)})
+    lists = {name: tuple(values[name]) for name in ("prompt_noise", "attack_starts")}
+    return EvaluationSettings(**values | lists | {"paraphrases": tuple(paraphrases)})
 
 
 def digest_of_folder(where: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from siss_diffusers.evaluation.settings import EvaluationSettings
+from siss_diffusers.evaluation.settings import ATTACK_STARTS, EvaluationSettings
 from siss_diffusers.parsing import natural_number, non_negative_float, path, positive_float, positive_int
 
 
@@ -45,7 +45,8 @@ def add_metric_arguments(metrics: argparse._ArgumentGroup) -> None:
         "--num_likelihood_images",
         type=natural_number,
         default=EvaluationSettings.num_likelihood_images,
-        help="Unconditional models: images to keep whose likelihood is computed; default: %(default)s.",
+        help="Images to keep whose likelihood is computed, of unconditional models; at most 8 of them, and as many"
+        " pictures never seen, have their bits compared with the base's, of all models; default: %(default)s.",
     )
     metrics.add_argument(
         "--paraphrases_file",
@@ -59,7 +60,54 @@ def add_metric_arguments(metrics: argparse._ArgumentGroup) -> None:
         default=[],
         help="Text-to-image models: sample with noise on the prompt's embedding, so many times its standard deviation.",
     )
+    add_attack_arguments(metrics)
     add_relearning_arguments(metrics)
+
+
+def add_attack_arguments(metrics: argparse._ArgumentGroup) -> None:
+    """Add the flags of the embedding attack."""
+    metrics.add_argument(
+        "--embedding_attack",
+        action="store_true",
+        help="Text-to-image models: search the text-embedding space for what still gives a forget image, and do the same"
+        " with pictures that the model never saw.",
+    )
+    metrics.add_argument(
+        "--attack_steps",
+        type=positive_int,
+        default=EvaluationSettings.attack_steps,
+        help="Adam steps of a search; copies are counted after 25, 50, 100, 200 and 400 of them, too; default:"
+        " %(default)s.",
+    )
+    metrics.add_argument(
+        "--attack_restarts",
+        type=positive_int,
+        default=EvaluationSettings.attack_restarts,
+        help="Searches from each start; default: %(default)s.",
+    )
+    metrics.add_argument(
+        "--attack_starts",
+        nargs="+",
+        choices=ATTACK_STARTS,
+        default=[],
+        help="What a search begins with: the image's prompt, the empty one, another prompt of the training set, Gaussian"
+        " noise; default: all.",
+    )
+    metrics.add_argument(
+        "--attack_controls",
+        type=natural_number,
+        default=EvaluationSettings.attack_controls,
+        help="Pictures that the model never saw and that are searched as well, from --never_seen_dir first, then forget"
+        " images and images to keep, turned; default: %(default)s.",
+    )
+    metrics.add_argument(
+        "--num_attack_samples",
+        type=positive_int,
+        default=EvaluationSettings.num_attack_samples,
+        help="Samples for each start, guidance scale and number of steps, as many of forget images as of controls, at"
+        " least one for each search; default: %(default)s.",
+    )
+    metrics.add_argument("--never_seen_dir", type=path, help="A folder of images that the model never saw.")
 
 
 def add_relearning_arguments(metrics: argparse._ArgumentGroup) -> None:

@@ -73,7 +73,8 @@ class Latents:
         self.images = images
         self.encode = encode
         self.scale = scale
-        self.cached: dict[int, tuple[Tensor, Tensor]] | None = None
+        self.place: dict[int, int] = {}  # of an image in the two tensors of the cache
+        self.cached: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,19 +82,27 @@ class Latents:
     def cache(self, indices: Iterable[int], progress: bool = False) -> None:
         """Encode these images once, in memory; others cannot be loaded any more, so the VAE can be freed."""
         indices = sorted(set(indices))
-        self.cached = {
-            index: self.encode(self.images.load(index))
-            for index in tqdm(indices, desc="Encoding images", disable=not progress or len(indices) < 500)
-        }
+        self.place = {index: place for place, index in enumerate(indices)}
+        # Two tensors, however many images: each takes a file descriptor in every process that loads data.
+        means = deviations = torch.empty(0)
+        for index in tqdm(indices, desc="Encoding images", disable=not progress or len(indices) < 500):
+            mean, deviation = self.encode(self.images.load(index))
+            if len(means) == 0:
+                means, deviations = (torch.empty(len(indices), *mean.shape) for _ in range(2))
+            means[self.place[index]], deviations[self.place[index]] = mean, deviation
+        self.cached = means, deviations
         self.encode = None
 
     @property
     def cached_bytes(self) -> int:
-        return sum(4 * (mean.numel() + std.numel()) for mean, std in self.cached.values())
+        return sum(tensor.nbytes for tensor in self.cached)
 
     def load(self, index: int, generator: np.random.Generator | None = None) -> Tensor:
         """Return `(c, h, w)` float32, scaled: a draw from the posterior, or its mean without a generator."""
-        mean, std = self.encode(self.images.load(index, generator)) if self.cached is None else self.cached[index]
+        if self.cached is None:
+            mean, std = self.encode(self.images.load(index, generator))
+        else:
+            mean, std = (tensor[self.place[index]] for tensor in self.cached)
         if generator is not None:
             mean = mean + std * torch.from_numpy(generator.standard_normal(mean.shape, dtype=np.float32))
         return self.scale(mean)

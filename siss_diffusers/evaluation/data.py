@@ -8,15 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siss_diffusers.data.captions import load_captions
+from siss_diffusers.data.captions import load_captions, same_captions
 from siss_diffusers.data.images import Images, ImageTransform
+from siss_diffusers.data.sources import load_image_rows
 from siss_diffusers.data.split import GivenRows, split_data
 from siss_diffusers.errors import UsageError
+from siss_diffusers.evaluation.settings import EvaluationSettings
 from siss_diffusers.families import Family
 from siss_diffusers.metrics.copies import MAX_KEEP_IMAGES
 
 
 MAX_ORDINARY_PROMPTS = 64
+SPARE_CONTROLS = 16  # never seen pictures that are read beyond those that are attacked
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class EvaluationData:
         keep_prompts: `(M,)`, the number in `prompts` of each image of `keep`; None if they have other prompts.
         ordinary_prompts: other prompts of images to keep.
         ordinary_images: images to keep that ordinary samples are compared with; None if nothing compares them.
+        never_seen: pictures that the model was not trained on; None where none were given.
         prompt_classes: the number of the class that an ordinary prompt asks for, for the accuracy of a classifier.
     """
 
@@ -43,6 +47,7 @@ class EvaluationData:
     keep_prompts: Tensor | None
     ordinary_prompts: Sequence[str] = ()
     ordinary_images: Tensor | None = None
+    never_seen: Tensor | None = None
     prompt_classes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -77,7 +82,8 @@ class SplitData:
 def split_to_measure(
     given: GivenRows, family: Family, *, seed: int, drop_near_duplicates: bool, caption_column: str | None
 ) -> SplitData:
-    """Split data as training does, and read the prompts. Pictures are read without anything random.
+    """Split data as training does, and read the prompts. Pictures are read without anything random, and of a large set no
+    more than are used: a million would take hours.
 
     Args:
         caption_column: of the prompts; models without prompts need none.
@@ -86,12 +92,17 @@ def split_to_measure(
         UsageError: for data that cannot be used, or a prompt that is missing.
     """
     transform = ImageTransform(channels=family.channels, resolution=family.resolution, center_crop=True)
-    split = split_data(given, transform, seed, drop_near_duplicates=drop_near_duplicates)
-    keep, forget = split.train.select(np.sort(split.order.drawn)), split.forget
-    keep_prompts, forget_prompts = None, None
+    split = split_data(given, transform, seed, MAX_KEEP_IMAGES, drop_near_duplicates=drop_near_duplicates)
+    rows, keep_prompts, forget_prompts = set(split.order.drawn.tolist()), None, None
     if family.has_prompts:
-        keep_prompts, forget_prompts = (load_captions(images, caption_column).to_pylist() for images in (keep, forget))
-    return SplitData(keep, forget, keep_prompts, forget_prompts, split.counts())
+        forget_prompts = load_captions(split.forget, caption_column).to_pylist()
+        captions = load_captions(split.train, caption_column, split.order.drawn)
+        # Images to keep of the memorized prompts, which may be few among many.
+        rows |= set(split.order.first(MAX_KEEP_IMAGES, same_captions(captions, forget_prompts)))
+    keep = split.train.select(sorted(rows))
+    if family.has_prompts:
+        keep_prompts = load_captions(keep, caption_column).to_pylist()
+    return SplitData(keep, split.forget, keep_prompts, forget_prompts, split.counts())
 
 
 def collect_data(
@@ -155,4 +166,22 @@ def unique_images(images: Images) -> list[int]:
 
 def load_pictures(images: Images, rows: Sequence[int]) -> Tensor:
     """Read pictures, `(N, C, H, W)` in [0, 1]."""
-    return torch.stack([images.load(index) for index in rows]) / 2 + 0.5
+    # In place: 2,000 pictures of 512 pixels take 6 GB, and there may be no room for them twice.
+    pictures = torch.empty(len(rows), *images.load(rows[0]).shape)
+    for place, index in enumerate(rows):
+        pictures[place] = images.load(index)
+    return pictures.div_(2).add_(0.5)
+
+
+def load_never_seen(settings: EvaluationSettings, family: Family) -> Tensor:
+    """Read pictures that the model never saw, `(N, C, H, W)` in [0, 1]: a few more than are used, for a detector may take one
+    for a forget image.
+
+    Raises:
+        UsageError: for a folder that is not there or holds no image, or an image that cannot be read.
+    """
+    rows = load_image_rows(
+        "--never_seen_dir", settings.never_seen_dir, "image", is_folder=True, cache_dir=settings.cache_dir
+    )
+    images = rows.images(ImageTransform(family.channels, family.resolution, center_crop=True))
+    return load_pictures(images, unique_images(images)[: SPARE_CONTROLS + settings.attack_controls])

@@ -1,6 +1,7 @@
 """All copy detectors of an evaluation."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -52,6 +53,21 @@ class Detectors:
         self.blind = {
             detector: MISSES_IMAGES for detector, flag in found.items() if detector != "any" and not flag.all()
         }
+
+    def for_image(self, picture: Tensor) -> "Detectors":
+        """Return the same kinds of detectors, but the clusters, for another picture `(C, H, W)` in [0, 1].
+
+        They are never laxer than these: an image unlike all that is kept would have a threshold that much else passes.
+        """
+        other = Detectors(picture[None], self.keep, self.copy_features)
+        other.by_pixels = replace(
+            other.by_pixels,
+            max_distance=min(self.by_pixels.max_distance, other.by_pixels.max_distance),
+            min_correlation=max(self.by_pixels.min_correlation, other.by_pixels.min_correlation),
+        )
+        if self.copy_features is not None:
+            other.min_similarity = max(self.min_similarity, other.min_similarity)
+        return other
 
     def similarity(self, images: Tensor) -> Tensor | None:
         """Return the cosine `(N,)` to the nearest forget image in the features of the network; None without one."""

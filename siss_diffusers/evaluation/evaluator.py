@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from siss_diffusers.errors import UsageError, describe_error
-from siss_diffusers.evaluation.data import EvaluationData, SplitData, collect_data
+from siss_diffusers.evaluation.data import EvaluationData, SplitData, collect_data, load_never_seen
 from siss_diffusers.evaluation.detectors import Detectors
 from siss_diffusers.evaluation.model import MeasuredModel
 from siss_diffusers.evaluation.networks import Networks, load_networks, refuse_dead_networks
@@ -221,6 +221,10 @@ def evaluate(
         with_ordinary_images=networks.features is not None,
         seed=settings.seed,
     )
+    if "other" in settings.attack_starts and not data.ordinary_prompts:
+        raise UsageError("--attack_starts other: the training set has no other prompt to start from; drop `other`")
+    if settings.never_seen_dir is not None:
+        data = replace(data, never_seen=load_never_seen(settings, family))
     evaluation = Evaluator(family, data, settings, networks).evaluate(models)
     evaluation.settings["data"] = split.counts
     return evaluation

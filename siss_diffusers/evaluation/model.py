@@ -1,5 +1,6 @@
 """One model as the metrics see it."""
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -13,11 +14,13 @@ from siss_diffusers.distributed import on_all_processes
 from siss_diffusers.evaluation.data import EvaluationData
 from siss_diffusers.evaluation.detectors import Detectors
 from siss_diffusers.evaluation.networks import Networks
+from siss_diffusers.evaluation.searches import search_conditions
 from siss_diffusers.evaluation.settings import EvaluationSettings
 from siss_diffusers.families import Conditions, Family, Sampling
 from siss_diffusers.metrics.base import BLIND, Skip
 from siss_diffusers.metrics.broken import broken, finite
 from siss_diffusers.metrics.copies import copy_statistics
+from siss_diffusers.metrics.embedding_attack import Target
 from siss_diffusers.metrics.noise_norm import TextNoiseNorms
 from siss_diffusers.noising import GaussianPath
 
@@ -54,8 +57,10 @@ class MeasuredModel:
         return self._results[compute]
 
     def release(self) -> None:
-        """Let go of the pipeline. Samples that were drawn stay."""
+        """Let go of the pipeline, and free its memory for the next one. Samples that were drawn stay."""
         self.pipeline = None
+        gc.collect()  # networks are full of cycles
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
     # --- samples
 
@@ -155,20 +160,36 @@ class MeasuredModel:
             Pictures `(count, C, H, W)` in [0, 1], and the text-conditional noise norm of each at every step,
             `(steps, count)`; None without guidance.
         """
+        return self.sample_conditions(self.embed(prompts), count, noise=noise, progress=progress)
+
+    def sample_conditions(
+        self,
+        table: Conditions,
+        count: int,
+        *,
+        noise: float = 0.0,
+        guidance_scale: float | None = None,
+        progress: str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw samples of conditions, which take turns, as `sample` does of prompts.
+
+        Args:
+            guidance_scale: None is that of the settings.
+        """
         family, settings = self.family, self.settings
-        table = self.embed(prompts)
+        guidance_scale = settings.guidance_scale if guidance_scale is None else guidance_scale
         unconditional = self.embed([""]) if family.has_prompts else None
-        guided = family.has_prompts and settings.guidance_scale > 1
+        guided = family.has_prompts and guidance_scale > 1
 
         def draw(start: int) -> tuple[Tensor, Tensor | None]:
             numbers = torch.arange(start, min(start + settings.batch_size, count))
-            conditions = table[numbers % len(prompts)]
+            conditions = table[numbers % len(table)]
             if noise:
                 seeds = [PROMPT_NOISE_SEED + settings.seed + number for number in numbers.tolist()]
                 conditions = add_prompt_noise(conditions, noise, seeds)
             sampling = Sampling(
                 num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
+                guidance_scale=guidance_scale,
                 batch_size=len(numbers),
                 seed=settings.seed + start,
             )
@@ -179,6 +200,10 @@ class MeasuredModel:
         batches = on_all_processes(draw, range(0, count, settings.batch_size), progress)
         pictures, norms = zip(*batches)
         return torch.cat(pictures), None if norms[0] is None else torch.cat(norms, dim=1)
+
+    def search(self, targets: Sequence[Target], starts: Sequence[str], label: str) -> list[dict[int, Conditions]]:
+        """Search conditions for pictures; return those of each start by number of steps, on the CPU."""
+        return search_conditions(self, targets, starts, label)
 
     # --- the network
 

@@ -8,6 +8,10 @@ from typing import ClassVar
 from siss_diffusers.errors import UsageError
 
 
+# What an embedding attack begins with: the prompt of the image, the empty prompt, another prompt, Gaussian noise.
+ATTACK_STARTS = ("prompt", "empty", "other", "gauss")
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """Settings of an evaluation. Most of them have a flag of the same name in `siss evaluate`.
@@ -27,9 +31,16 @@ class EvaluationSettings:
         classifier_size: pictures are resized to this side for it; None shows them as they are.
         clip_model: a CLIP of transformers, for CLIP score and CLIP-IQA: a folder, or a name on the Hub.
         cache_dir: where downloaded models are kept.
-        num_likelihood_images: images to keep whose likelihood is computed.
+        num_likelihood_images: images to keep whose likelihood is computed; at most 8 of them are compared in bits.
         paraphrases: other wordings of the memorized prompts.
         prompt_noise: sample with noise on the prompt's embedding, so many times its standard deviation.
+        embedding_attack: search the text conditioning for one that gives a forget image.
+        attack_steps: Adam steps of a search.
+        attack_restarts: searches from each start.
+        attack_starts: what a search begins with, of `ATTACK_STARTS`; empty: all of them.
+        attack_controls: pictures that the model never saw and that are searched as well; 0 for none.
+        num_attack_samples: samples after the search, for each start and guidance scale.
+        never_seen_dir: a folder of pictures that the model never saw.
         relearning_steps: steps of the relearning attack; 0 skips it.
         relearning_rate: learning rate of the relearning attack.
         num_relearning_samples: samples at each point of the relearning attack, and for each variation of the prompt.
@@ -42,8 +53,11 @@ class EvaluationSettings:
     # The least value of what counts something, as of the flags.
     LEAST: ClassVar[dict[str, int]] = (
         dict.fromkeys(("num_samples", "num_inference_steps", "batch_size", "num_relearning_samples"), 1)
+        | dict.fromkeys(("attack_steps", "attack_restarts", "num_attack_samples"), 1)
         | dict.fromkeys(("copy_detector_size", "feature_size", "classifier_size"), 1)
-        | dict.fromkeys(("num_ordinary_samples", "num_likelihood_images", "relearning_steps", "seed"), 0)
+        | dict.fromkeys(
+            ("num_ordinary_samples", "num_likelihood_images", "relearning_steps", "attack_controls", "seed"), 0
+        )
     )
 
     num_samples: int = 256
@@ -63,6 +77,13 @@ class EvaluationSettings:
     num_likelihood_images: int = 32
     paraphrases: tuple[str, ...] = ()
     prompt_noise: tuple[float, ...] = ()
+    embedding_attack: bool = False
+    attack_steps: int = 50
+    attack_restarts: int = 1
+    attack_starts: tuple[str, ...] = ()
+    attack_controls: int = 5
+    num_attack_samples: int = 48
+    never_seen_dir: str | None = None
     relearning_steps: int = 0
     relearning_rate: float = 1e-4
     num_relearning_samples: int = 64
@@ -73,7 +94,24 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Integral) or value < least):
                 raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        unknown = [start for start in self.attack_starts if start not in ATTACK_STARTS]
+        if unknown:
+            raise UsageError(f"attack_starts must be of {', '.join(ATTACK_STARTS)}, not {unknown[0]!r}")
+        self._refuse_idle_attack()
         for name in ("guidance_scale", "relearning_rate"):
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 <= value < math.inf:
                 raise UsageError(f"{name} must be a finite number not below 0, not {value!r}")
+
+    def _refuse_idle_attack(self) -> None:
+        """Refuse settings of an attack that is not asked for.
+
+        Raises:
+            UsageError: naming the setting.
+        """
+        names = ("attack_steps", "attack_restarts", "attack_starts", "attack_controls", "num_attack_samples")
+        for name in (*names, "never_seen_dir"):
+            if not self.embedding_attack and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UsageError(f"--{name} needs --embedding_attack; add it, or drop this one")
+        if self.never_seen_dir is not None and self.attack_controls == 0:
+            raise UsageError("--never_seen_dir and --attack_controls 0 exclude each other; drop one")

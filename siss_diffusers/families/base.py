@@ -30,8 +30,12 @@ class Conditions:
 
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> "Conditions":
         """Select rows, by numbers or by a slice."""
-        numbers = torch.arange(self.size)[rows]
+        numbers = rows if isinstance(rows, Tensor) and rows.dtype == torch.long else torch.arange(self.size)[rows]
         return Conditions({name: t[numbers.to(t.device)] for name, t in self.tensors.items()}, len(numbers))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditions":
         """Move all tensors to a device; floating ones also to `dtype`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from siss_diffusers.families.base import Conditions
 from siss_diffusers.families.flow_matching import ATTENTION, FlowMatching, chat_texts
-from siss_diffusers.families.text_to_image import Normalization
+from siss_diffusers.families.text_to_image import Normalization, decode_latents
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Flux2Klein(FlowMatching):
     @torch.no_grad()
     def decode(self, pipeline, samples: Tensor) -> Tensor:
         latents = pipeline._unpatchify_latents(self.normalization(pipeline.vae).inverse(samples))
-        return (pipeline.vae.decode(latents.to(pipeline.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        return decode_latents(pipeline.vae, latents)
 
     def texts_of(self, pipeline, prompts: Sequence[str]) -> list[str]:
         return chat_texts(pipeline.tokenizer, prompts, enable_thinking=False)

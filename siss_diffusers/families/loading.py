@@ -5,7 +5,12 @@ from typing import Any
 import torch
 
 from siss_diffusers.families.base import Family, silenced
-from siss_diffusers.families.sources import NOT_IN_TRAINING, NamedPipeline, refuse_missing_weights
+from siss_diffusers.families.sources import (
+    NOT_IN_TRAINING,
+    NamedPipeline,
+    refuse_missing_weights,
+    take_pictures_one_by_one,
+)
 from siss_diffusers.families.trust import check_safetensors, loading
 
 
@@ -47,6 +52,7 @@ def load_for_sampling(
                 **unused,
             )
         refuse_missing_weights(pipeline.components, source.name, source.flag)
+        take_pictures_one_by_one(pipeline)
         if adapter is not None:
             with loading(adapter, adapter_flag):
                 pipeline.load_lora_weights(adapter, cache_dir=source.cache_dir, use_safetensors=True)

@@ -10,6 +10,8 @@ from siss_diffusers.families.base import Conditions, Family
 
 logger = logging.getLogger(__name__)
 
+PROMPTS_AT_ONCE = 8
+
 
 class Prompts:
     """Numbers prompts by their token ids, so that two spellings of the same tokens are the same condition.
@@ -51,10 +53,15 @@ class Prompts:
             logger.warning(f"{prompts} longer than the {limit} tokens that the model reads; the rest is ignored")
 
     def embed(self, numbers: Iterable[int]) -> tuple[Conditions, dict[int, int]]:
-        """Return the table of the conditions of these numbers, and the row of each number in it."""
+        """Return the table of the conditions of these numbers, on the host, and the row of each number in it."""
         used = sorted(set(numbers))
-        table = self.family.embed(self.pipeline, [self.texts[number] for number in used])
-        return table, {number: row for row, number in enumerate(used)}
+        parts = []
+        for start in range(0, len(used), PROMPTS_AT_ONCE):
+            texts = [self.texts[number] for number in used[start : start + PROMPTS_AT_ONCE]]
+            # Always so many, or the last bits of a prompt could depend on which others are used.
+            filled = texts + texts[-1:] * (PROMPTS_AT_ONCE - len(texts))
+            parts.append(self.family.embed(self.pipeline, filled).to("cpu")[: len(texts)])
+        return Conditions.cat(parts), {number: row for row, number in enumerate(used)}
 
 
 def warn_of_long_prompts(family: Family, pipeline, prompts: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Conditions
 from siss_diffusers.families.flow_matching import ATTENTION, FlowMatching
-from siss_diffusers.families.text_to_image import Normalization
+from siss_diffusers.families.text_to_image import Normalization, decode_latents
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class QwenImage(FlowMatching):
 
     @torch.no_grad()
     def decode(self, pipeline, samples: Tensor) -> Tensor:
-        latents = self.normalization(pipeline.vae).inverse(samples).to(pipeline.vae.dtype)
-        return (pipeline.vae.decode(latents[:, :, None]).sample[:, :, 0].float() / 2 + 0.5).clamp(0, 1)
+        latents = self.normalization(pipeline.vae).inverse(samples)
+        return decode_latents(pipeline.vae, latents[:, :, None])[:, :, 0]
 
     def encode_prompts(self, pipeline, prompts: list[str]) -> dict[str, Tensor]:
         states, mask = pipeline.encode_prompt(

@@ -1,13 +1,21 @@
 """Batches of samples with a generator for each of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from siss_diffusers.families.base import Sampling
+
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
+
+# What DDIM asks for, as Stable Diffusion's own configurations have it.
+OF_LATENTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 
 
 def sample_in_batches(
@@ -37,6 +45,19 @@ def sample_in_batches(
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             batches.append(draw(rows, generators).float().cpu())
     return torch.cat(batches)
+
+
+def latent_sampler(config: Mapping[str, Any]) -> "DDIMScheduler":
+    """Return the DDIM scheduler of a latent model with this configuration of a scheduler.
+
+    That of a sampler of another kind, such as Euler's, says nothing of clipping, and DDIM's own defaults are for pixels:
+    latents would be clipped to [-1, 1], and the last step would go to a noise level that was never trained on.
+    """
+    from diffusers import DDIMScheduler
+
+    if "clip_sample" in config:
+        return DDIMScheduler.from_config(config)
+    return DDIMScheduler.from_config(config, **OF_LATENTS)
 
 
 @contextmanager

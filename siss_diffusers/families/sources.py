@@ -106,6 +106,10 @@ class NamedPipeline:
         return self._load({family.network_name: None})
 
     def load_network(self, family: Family, pipeline) -> None:
+        pipeline.register_modules(**{family.network_name: self.read_network(family)})
+
+    def read_network(self, family: Family) -> nn.Module:
+        """Read the network in float32."""
         folder = Path(self.name, family.network_name)
         # As in pipelines: a part without files of the variant is read from the plain ones.
         has_variant = not folder.is_dir() or self.variant in variants_in(os.listdir(folder))
@@ -123,7 +127,13 @@ class NamedPipeline:
                 **where,
             )
         refuse_missing_weights({family.network_name: network}, self.name, self.flag)
-        pipeline.register_modules(**{family.network_name: network})
+        return network
+
+    def network_files(self, family: Family) -> list[Path]:
+        """Return the files of the network's weights, of the variant where it has one."""
+        folder = self.snapshot / family.network_name
+        files = [file for file in sorted(folder.glob("*.safetensors")) if variants_in([file.name])]
+        return [file for file in files if variants_in([file.name]) == {self.variant}] or files
 
     @cached_property
     def snapshot(self) -> Path:
@@ -166,7 +176,16 @@ class NamedPipeline:
                 **(unused | components),
             )
         refuse_missing_weights(pipeline.components, self.name, self.flag)
+        take_pictures_one_by_one(pipeline)
         return pipeline
+
+
+def take_pictures_one_by_one(pipeline: Any) -> None:
+    """Let the VAE of a pipeline, where it has one, encode and decode a batch picture by picture: 32 pictures of 512 pixels
+    at once take 24 GiB. It also makes a picture independent of its batch."""
+    vae = pipeline.components.get("vae")
+    if vae is not None:
+        vae.enable_slicing()
 
 
 def refuse_missing_weights(components: dict[str, Any], name: str, flag: str) -> None:

@@ -1,7 +1,8 @@
 """What text-to-image pipelines share: prompts and an autoencoder around a network in latent space."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families.base import Conditions, Family, PipelineSource, Sampling, silenced
-from siss_diffusers.families.sampling import sample_in_batches
+from siss_diffusers.families.sampling import latent_sampler, sample_in_batches
 
 
 EMBEDDING_BATCH = 32
@@ -118,8 +119,7 @@ class TextToImage(Family):
 
     @torch.no_grad()
     def decode(self, pipeline, samples: Tensor) -> Tensor:
-        latents = self.normalization(pipeline.vae).inverse(samples).to(pipeline.vae.dtype)
-        return (pipeline.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        return decode_latents(pipeline.vae, self.normalization(pipeline.vae).inverse(samples))
 
     # --- prompts
 
@@ -170,9 +170,7 @@ class TextToImage(Family):
 
     def sampling_scheduler(self, scheduler):
         """Return a fresh scheduler that draws samples without noise of its own."""
-        from diffusers import DDIMScheduler
-
-        return DDIMScheduler.from_config(scheduler.config)
+        return latent_sampler(scheduler.config)
 
     def sampling_arguments(
         self, conditions: Conditions, unconditional: Conditions, guidance_scale: float
@@ -206,18 +204,36 @@ class TextToImage(Family):
         sampler.set_progress_bar_config(disable=True)
 
         def draw(rows: slice, generators: list[torch.Generator]) -> Tensor:
-            return sampler(
-                generator=generators,
-                num_inference_steps=sampling.num_inference_steps,
-                height=self.resolution,
-                width=self.resolution,
-                output_type="pt",
-                **self.sampling_arguments(
-                    conditions[rows], unconditional[[0] * len(generators)], sampling.guidance_scale
-                ),
-            ).images
+            arguments = self.sampling_arguments(
+                conditions[rows], unconditional[[0] * len(generators)], sampling.guidance_scale
+            )
+            with own_precision(pipeline.vae):
+                return sampler(
+                    generator=generators,
+                    num_inference_steps=sampling.num_inference_steps,
+                    height=self.resolution,
+                    width=self.resolution,
+                    output_type="pt",
+                    **arguments,
+                ).images
 
         return sample_in_batches(draw, len(conditions), sampling, self.network(pipeline), progress)
+
+
+@contextmanager
+def own_precision(vae) -> Iterator[None]:
+    """Let a VAE decode in its own precision inside, not under the autocast of a training: as in `siss evaluate`."""
+    vae.decode = torch.autocast(vae.device.type, enabled=False)(vae.decode)
+    try:
+        yield
+    finally:
+        del vae.decode  # which hid the method of the class
+
+
+def decode_latents(vae, latents: Tensor) -> Tensor:
+    """Return pictures in [0, 1] of latents in the units of a VAE."""
+    with own_precision(vae):
+        return (vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
 def choose_resolution(resolution: int | None, own: int, multiple: int) -> int:

@@ -61,18 +61,20 @@ class Unconditional(Family):
         sampling: Sampling,
         progress: str | None = None,
     ) -> Tensor:
-        from diffusers import DDIMPipeline, DDIMScheduler
+        from diffusers import DDIMScheduler
+        from diffusers.utils.torch_utils import randn_tensor
 
-        sampler = DDIMPipeline(pipeline.unet, DDIMScheduler.from_config(pipeline.scheduler.config))
-        sampler.set_progress_bar_config(disable=True)
+        unet, scheduler = pipeline.unet, DDIMScheduler.from_config(pipeline.scheduler.config)
+        scheduler.set_timesteps(sampling.num_inference_steps)
 
+        # As `DDIMPipeline`, which knows no resolution but the one that the network was made for.
+        @torch.no_grad()
         def draw(rows: slice, generators: list[torch.Generator]) -> Tensor:
-            pictures = sampler(
-                batch_size=len(generators),
-                generator=generators,
-                num_inference_steps=sampling.num_inference_steps,
-                output_type="np",
-            ).images
-            return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+            shape = (len(generators), self.channels, self.resolution, self.resolution)
+            pictures = randn_tensor(shape, generators, unet.device, unet.dtype)
+            for timestep in scheduler.timesteps:
+                output = unet(pictures, timestep).sample
+                pictures = scheduler.step(output, timestep, pictures, generator=generators).prev_sample
+            return (pictures / 2 + 0.5).clamp(0, 1)
 
         return sample_in_batches(draw, len(conditions), sampling, pipeline.unet, progress)

@@ -91,8 +91,9 @@ class PairedGradients:
 
         Args:
             window: this rank's rows of all micro-batches of the step, on the host.
-            predict: the network's output `(R, C, H, W)` for rows on the device. Under DDP, inside `no_sync`; a network
-                with buffers also needs `broadcast_buffers=False`, because ranks differ in how often they call it.
+            predict: the network's output `(R, C, H, W)` for rows on the device, the numbers of their conditions on the
+                host. Under DDP, inside `no_sync`; a network with buffers also needs `broadcast_buffers=False`, because
+                ranks differ in how often they call it.
             max_grad_norm: bound of the norm of the combined gradient of losses summed over pixels; None for none.
             stop: this rank was asked to stop after this step, by a signal, say. It travels with the gradients, so that
                 all ranks know of it at the same step without a collective of its own.

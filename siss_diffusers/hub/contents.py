@@ -96,6 +96,7 @@ def read_run(run: Path, evaluation: str | None, base_model: str | None) -> tuple
     for name in ("unlearning.json", "README.md"):
         refuse_symbolic_link(run / name)
     if base_model is not None:
+        report = {name: value for name, value in report.items() if name not in ("base_revision", "base_variant")}
         report["base_model"] = base_model
     return report, read_public_evaluation(run, evaluation)
 

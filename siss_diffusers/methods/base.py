@@ -104,7 +104,8 @@ class Rows:
         return self._map(lambda value: value[index])
 
     def to(self, device: torch.device | str) -> "Rows":
-        return self._map(lambda value: value.to(device, non_blocking=True))
+        """Move the rows to a device; the numbers of their conditions stay where the table of conditions may be."""
+        return replace(self._map(lambda value: value.to(device, non_blocking=True)), condition=self.condition)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Rows":
         values = {field.name: getattr(self, field.name) for field in fields(self)}

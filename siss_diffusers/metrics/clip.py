@@ -35,7 +35,8 @@ class Clip:
         from transformers import AutoTokenizer, CLIPModel
 
         with loading(name, flag):
-            model = CLIPModel.from_pretrained(name, cache_dir=cache_dir, use_safetensors=True)
+            # Otherwise transformers takes the precision of the file, and pixels are float32.
+            model = CLIPModel.from_pretrained(name, cache_dir=cache_dir, use_safetensors=True, dtype=torch.float32)
             # Without this argument the user is asked whether to run the code that a repository brings.
             self.tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
         self.model, self.device = model.to(device).eval(), device

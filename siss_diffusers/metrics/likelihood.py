@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from siss_diffusers.evaluation.model import MeasuredModel
 
 
+# A row keeps the activations of its forward, and a network of 256-pixel pictures needs 2 GiB for it: as many rows at a
+# time as have so many numbers.
+MAX_NUMBERS = 4 * 3 * 256**2
+
+
 def noise_prediction(path: GaussianPath, predict: Callable[[Tensor, Tensor], Tensor]) -> Callable:
     """Return a function `(m, index) -> eps_hat` for a network of any prediction type.
 
@@ -121,7 +126,7 @@ def _bits(model: "MeasuredModel") -> tuple[Tensor, Tensor]:
         images.to(model.device),
         model.path.to(model.device),
         model.predict,
-        batch_size=model.settings.batch_size,
+        batch_size=max(1, min(model.settings.batch_size, MAX_NUMBERS // images[0].numel())),
         seed=model.settings.seed,
     )
     return bits[: len(forget)], bits[len(forget) :]

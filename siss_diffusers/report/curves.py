@@ -38,14 +38,15 @@ def line_dashes(index: int) -> str:
     return " ".join(map(str, DASHES[index % len(DASHES)])) or "none"
 
 
-def relearning_svg(curves: Mapping[str, Mapping[float, Mapping[str, Any]]]) -> str:
-    """Draw the share of copies by the steps of relearning, with its interval as a band where every point has one.
+def share_svg(curves: Mapping[str, Mapping[float, Mapping[str, Any]]], steps: str) -> str:
+    """Draw the share of copies by steps, with its interval as a band where every point has one.
 
     The drawing contains numbers and the names of its axes, but no name of a model: those stand in the legend, which
     the template writes.
 
     Args:
-        curves: by model the rows of `relearning`, in the order of their steps. Each has a `copy_share`.
+        curves: by the name of a line its rows by steps, in their order. Each has a `copy_share`.
+        steps: what the steps are of, for the axis.
 
     Returns:
         an `<svg>` element without ids of elements outside it, without scripts, styles or addresses.
@@ -70,7 +71,7 @@ def relearning_svg(curves: Mapping[str, Mapping[float, Mapping[str, Any]]]) -> s
         axes.set_ylim(-0.02 * limit, 1.02 * limit)
         axes.set_yticks([limit * fifth / 5 for fifth in range(6)])
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
-        style_axes(axes)
+        style_axes(axes, steps)
         file = StringIO()
         # Without a background, a date and the addresses of the metadata.
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -100,9 +101,9 @@ def highest_limit(rows: Sequence[Mapping[str, Any]]) -> float:
     return next((limit for limit in SHARE_LIMITS if max(values) <= limit), 1.0)
 
 
-def style_axes(axes: Any) -> None:
+def style_axes(axes: Any, steps: str) -> None:
     """Leave horizontal lines and two labels."""
-    axes.set_xlabel("steps of relearning", color=SOFT, labelpad=8)
+    axes.set_xlabel(f"steps of {steps}", color=SOFT, labelpad=8)
     axes.set_ylabel("copies among the samples", color=SOFT, labelpad=8)
     axes.grid(axis="y", color=RULE, linewidth=1)
     axes.set_axisbelow(True)

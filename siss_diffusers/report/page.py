@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from siss_diffusers.report.curves import line_color, line_dashes, relearning_svg
+from siss_diffusers.report.attack import attack_curves, attack_table
+from siss_diffusers.report.curves import line_color, line_dashes, share_svg
 from siss_diffusers.report.sentences import (
     judged_models,
     label_of,
@@ -27,6 +28,7 @@ from siss_diffusers.report.sentences import (
 from siss_diffusers.report.settings import hidden_entries, settings_rows
 from siss_diffusers.report.tables import (
     Table,
+    bits_table,
     damage_table,
     detectors_table,
     figures_table,
@@ -187,6 +189,21 @@ def list_attempts(models: Mapping[str, Entries]) -> list[Attempt]:
             variations_table(models, "prompt_noise", "noise", "Noise on the prompt", "Noise"),
         ),
         (
+            "embedding_attack",
+            "The text conditioning is searched, by Adam, for one under which the model denoises a forgotten image, from"
+            " several starts. The figure is the share of copies among samples of what was found. The columns “never"
+            " seen” say what the same search does with pictures that the model never saw: beyond that the search proves"
+            " nothing. In the curve, each point is the highest share of all starts and guidance scales. Lower is better.",
+            attack_table(models),
+        ),
+        (
+            "memorized_bits_by_condition",
+            "How many bits less than the base the model knows of an image, as a mean with its standard error: of forgotten"
+            " images, of pictures that no model saw, and of images to keep. Only the first should be far from 0. If it is"
+            " near 0 with the empty prompt, the image was forgotten under its prompt alone.",
+            bits_table(models),
+        ),
+        (
             "relearning",
             "The model is trained further on images that are similar to the forgotten ones, but not on these, and the"
             " copies among its samples are counted after some steps. A band is the 95 % interval. A rising curve"
@@ -199,7 +216,7 @@ def list_attempts(models: Mapping[str, Entries]) -> list[Attempt]:
             label_of(key),
             explanation,
             table,
-            relearning_curve(models) if key == "relearning" else None,
+            curve_of(key, models),
             unmeasured(models, table),
         )
         for key, explanation, table in attempts
@@ -213,9 +230,16 @@ def unmeasured(models: Mapping[str, Entries], table: Table) -> str:
     return f"Not measured for {', '.join(left_out)}." if left_out else ""
 
 
-def relearning_curve(models: Mapping[str, Entries]) -> Curve:
-    """Draw the share of copies by the steps of relearning."""
-    curves = {name: measured_points(figures, "relearning", "step") for name, figures in models.items()}
+def curve_of(key: str, models: Mapping[str, Entries]) -> Curve | None:
+    """Draw the share of copies by the steps of an attempt; None where it has no curve."""
+    if key == "relearning":
+        curves, steps = {name: measured_points(figures, key, "step") for name, figures in models.items()}, "relearning"
+    elif key == "embedding_attack":
+        curves, steps = attack_curves(models), "search"
+    else:
+        return None
     curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return None
     legend = [(name, line_color(index), line_dashes(index)) for index, name in enumerate(curves)]
-    return Curve(relearning_svg(curves), f"Share of copies by steps of relearning: {', '.join(curves)}", legend)
+    return Curve(share_svg(curves, steps), f"Share of copies by steps of {steps}: {', '.join(curves)}", legend)

@@ -7,6 +7,7 @@ from siss_diffusers.metrics import METRICS
 from siss_diffusers.metrics.base import NO_PICTURE
 from siss_diffusers.metrics.damage import DAMAGES
 from siss_diffusers.metrics.formats import percent, short_number
+from siss_diffusers.report.attack import forgotten_sentence
 from siss_diffusers.report.tables import measured_points
 from siss_diffusers.report.values import (
     Entries,
@@ -26,6 +27,8 @@ TESTS = {
     "injection": "Injection",
     "paraphrases": "Other wordings of the prompt",
     "prompt_noise": "Noise on the prompt",
+    "embedding_attack": "Embedding attack",
+    "memorized_bits_by_condition": "Bits by condition",
     "relearning": "Relearning",
 }
 # How a sentence names such a test, how it names a point of the test, and the key of the point's number.
@@ -42,14 +45,16 @@ NO_ENTRY = "not part of this evaluation"
 
 
 class Claim(NamedTuple):
-    """The verdict on one model: its copies, a comparison with the base, and the attempts to bring images back.
+    """The verdict on one model: its copies, a comparison with the base, the attempts to bring images back, and whether
+    what is forgotten stays so under a search.
 
-    The last two may be empty.
+    All but the first may be empty.
     """
 
     sentence: str
     comparison: str = ""
     attempts: str = ""
+    forgotten: str = ""
 
 
 class Missing(NamedTuple):
@@ -70,7 +75,8 @@ def list_claims(models: Mapping[str, Entries], skipped: Entries) -> list[Claim]:
     base = models.get("base", {})
     for name, figures in judged_models(models).items():
         comparison = compare_with_base(figures, base) if name != "base" else ""
-        claims.append(Claim(copies_sentence(name, figures, skipped), comparison, attempts_sentence(figures)))
+        attempts, forgotten = attempts_sentence(figures), forgotten_sentence(figures)
+        claims.append(Claim(copies_sentence(name, figures, skipped), comparison, attempts, forgotten))
     if "base" in models and len(models) > 1:
         claims.append(Claim(copies_sentence("base", base, skipped)))
     return claims

@@ -205,3 +205,23 @@ def variations_table(models: Mapping[str, Entries], test: str, label: str, title
         for place in places
     ]
     return Table(title, [head, *columns], {"": rows}) if rows else None
+
+
+def bits_table(models: Mapping[str, Entries]) -> Table | None:
+    """Return the bits that a model lost of forgotten images, of pictures never seen and of images to keep."""
+    columns = {name: as_mapping(figures.get("memorized_bits_by_condition")) for name, figures in models.items()}
+    columns = {name: column for name, column in columns.items() if column}
+    kinds = {"forget": "forgotten images", "strangers": "pictures never seen", "keep": "images to keep"}
+    rows = []
+    for condition, phrase in {"prompt": "with the prompt", "empty": "with the empty prompt"}.items():
+        for kind, title in kinds.items():
+            cells = [bits_cell(as_mapping(column.get(condition)), kind) for column in columns.values()]
+            if any(cell != DASH for cell in cells):
+                rows.append(Row(f"{title}, {phrase}", cells))
+    return Table("Bits by condition", ["Bits less than in the base", *columns], {"": rows}) if rows else None
+
+
+def bits_cell(row: Entries, kind: str) -> Cell:
+    """Return a number of bits with its standard error."""
+    cell, error = plain_cell(row.get(kind), four_digits), as_number(row.get(f"{kind}_se"))
+    return cell if error is None or cell == DASH else cell._replace(interval=f"± {short_number(error)}")

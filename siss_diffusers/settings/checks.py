@@ -156,8 +156,8 @@ def with_scaling_defaults(settings: Settings, method: Method) -> Settings:
         quantile = None
     if settings.threshold_source is not None and quantile is None:
         raise UsageError("--threshold_source needs --calibrate_forgetting; add it, or drop this one")
-    if method.takes_scaling and scale is None and scaling in ("relative", "fixed"):
-        scale = CALIBRATED_SCALE if scaling == "relative" and quantile is not None else DEFAULT_SCALE
+    if method.takes_scaling and scale is None and scaling in ("relative", "fixed", "project"):
+        scale = CALIBRATED_SCALE if scaling != "fixed" and quantile is not None else DEFAULT_SCALE
     if settings.forget_scale_every > 1 and scaling not in ("relative", "norm"):
         raise UsageError("--forget_scale_every needs --forget_scaling relative or norm; drop it")
     return settings.replace(forget_scaling=scaling, forget_scale=scale, calibrate_forgetting=quantile)

@@ -113,6 +113,8 @@ class Settings:
         " launch` or its configuration says.",
         choices=("no", "fp16", "bf16"), public=True)
     allow_tf32: bool = switch("Let Ampere and newer GPUs multiply in TF32.", public=True)
+    deterministic: bool = switch("Use only GPU kernels that give the same bits every time; slower.", resume="free",
+        public=True)
     prediction_type: str | None = setting(None, "What the model predicts; default: what its scheduler says.",
         choices=("epsilon", "v_prediction", "sample"), public=True)
     checkpointing_steps: int = setting(500, "Save a checkpoint every so many steps.", parse=positive_int,
@@ -131,8 +133,8 @@ class Settings:
         " methods.", nargs="*", metavar="KEY=VALUE", group=UNLEARNING, resume="free")
     forget_scaling: str | None = setting(None, "How much of the forget gradient g_f is subtracted from the keep gradient"
         " g_k. relative (default): F |g_k| / |g_f|; norm: F / |g_f|, the papers' scaling_norm; fixed: F; nash: the"
-        " bargaining solution of MUNBa.", choices=FORGET_SCALINGS, group=UNLEARNING, public=True)
-    forget_scale: float | None = setting(None, "F of --forget_scaling. Default: 0.1 for fixed, for relative 1 with"
+        " bargaining solution of MUNBa; project: as relative, less what of g_f acts against g_k.", choices=FORGET_SCALINGS, group=UNLEARNING, public=True)
+    forget_scale: float | None = setting(None, "F of --forget_scaling. Default: 0.1 for fixed, for relative and project 1 with"
         " --calibrate_forgetting and 0.1 without; required for norm.", parse=non_negative_float, metavar="F",
         group=UNLEARNING, public=True)
     forget_scale_every: int = setting(1, "Take the norms of --forget_scaling relative or norm every K steps only. A step"

@@ -1,10 +1,9 @@
 """Accelerate, and the engines that it launches: DDP, FSDP 2, DeepSpeed."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
     ProjectConfiguration,
@@ -23,7 +21,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from siss_diffusers.distributed import check_launch
+from siss_diffusers.distributed import PATIENCE, check_launch
 from siss_diffusers.errors import UsageError
 from siss_diffusers.gradients import PairedGradients, StepStats
 from siss_diffusers.settings import Settings
@@ -47,18 +45,23 @@ def make_accelerator(settings: Settings, output_dir: Path) -> Accelerator:
         mixed_precision=settings.mixed_precision,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / settings.logging_dir),
-        # A long time: the other processes wait while the first one samples or reads a big data set.
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=7200)),
-            # A rank without rows for a side runs no forward there; a broadcast of buffers would wait for it for ever.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     check_launch(accelerator.num_processes)
     check_engine(settings, accelerator)
-    if settings.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    set_arithmetic(settings)
     return accelerator
+
+
+def set_arithmetic(settings: Settings) -> None:
+    """Set how GPUs multiply in float32, and whether every kernel must give the same bits each time."""
+    # cuDNN's own default is True: convolutions would round to 10 bits where matrix products do not.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
+        torch.backends.cudnn.benchmark = False
+        # Not as a warning: with it, attention would choose the faster kernels.
+        torch.use_deterministic_algorithms(True)
 
 
 def set_up_logging(accelerator: Accelerator) -> None:
@@ -74,8 +77,9 @@ def set_up_logging(accelerator: Accelerator) -> None:
     datasets.disable_progress_bars()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    # The http client reports every request it makes.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # The http client reports every request it makes. Its name depends on the version of huggingface_hub.
+    for client in ("httpx", "httpx2", "httpcore2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def check_engine(settings: Settings, accelerator: Accelerator) -> None:
@@ -158,12 +162,22 @@ def saves_checkpoints(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type != DistributedType.DEEPSPEED
 
 
-def without_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager:
-    """Keep DDP from reducing around the gradient engine, which reduces both gradients itself, once per step. FSDP 2
-    does it for the engine, in each backward, and DeepSpeed sees no backward of it."""
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        return nullcontext()
-    return accelerator.no_sync(model)
+def prepare(
+    accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return what accelerate makes of a network and its optimizer: without DDP around it on several processes.
+
+    The gradient engine reduces both gradients itself, once per step. DDP would reduce nothing, and hold buckets of the size
+    of another gradient.
+    """
+    alone = accelerator.num_processes == 1
+    if alone or accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return accelerator.prepare(network, optimizer)
+    model = accelerator.prepare_model(network, evaluation_mode=True)  # on its device, with autocast and compilation
+    for parameter in network.parameters():
+        if parameter.requires_grad:  # as DDP does at its start
+            torch.distributed.broadcast(parameter.detach(), src=0)
+    return model, accelerator.prepare_optimizer(optimizer)
 
 
 def callable_network(accelerator: Accelerator, model: nn.Module) -> Callable[..., Any]:

@@ -97,7 +97,7 @@ class StepLog:
         progress.skipped_in_a_row = 0
         self.non_finite = {}
         progress.global_step += 1
-        progress.one_sided_steps += stats.one_sided and self.settings.forget_scaling in ("relative", "norm", "nash")
+        progress.one_sided_steps += stats.one_sided and self.settings.forget_scaling not in (None, "fixed")
         progress.train_seconds += seconds
         if stats.grad_norm_forget is not None and not stats.one_sided:
             progress.forget_scale = stats.forget_scale

@@ -21,7 +21,7 @@ from siss_diffusers.settings import Settings
 from siss_diffusers.storage.files import LORA_FILE
 from siss_diffusers.storage.sharding import are_finite, is_sharded, load_model, reshard, save_model
 from siss_diffusers.training.adapters import adapter_off, add_lora, load_lora, save_lora
-from siss_diffusers.training.engines import callable_network, make_optimizer, take_step
+from siss_diffusers.training.engines import callable_network, make_optimizer, prepare, take_step
 
 
 class TrainedNetwork:
@@ -67,7 +67,7 @@ class TrainedNetwork:
             num_warmup_steps=settings.lr_warmup_steps,
             num_training_steps=settings.max_train_steps,
         )
-        self.model, self.optimizer = accelerator.prepare(network, optimizer)
+        self.model, self.optimizer = prepare(accelerator, network, optimizer)
         self.module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self.call = callable_network(accelerator, self.model)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]

@@ -38,13 +38,17 @@ def write_record(
         superfactor = settings.forget_scale * counts["keep"] / max(counts["forget"], counts["train"] - counts["keep"])
     # The name of a folder may tell more than it should.
     base_model = settings.pretrained_model_name_or_path or None
+    if base_model is not None and os.path.exists(base_model):
+        base_model = None
+    base_files = {"revision": settings.revision, "variant": settings.variant} if base_model else {}
     shown = {
         name: value for name, value in asdict(progress).items() if name not in ("skipped_in_a_row", "forget_scale")
     }
     write_json(
         folder / "unlearning.json",
         {
-            "base_model": None if base_model is None or os.path.exists(base_model) else base_model,
+            "base_model": base_model,
+            **{f"base_{name}": value for name, value in base_files.items() if value is not None},
             "method": method.name,
             "method_args": vars(method),
             "forget_scaling": settings.forget_scaling,

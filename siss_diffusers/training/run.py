@@ -3,12 +3,10 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
 from siss_diffusers.distributed import on_main_process
 from siss_diffusers.errors import Interrupted
@@ -22,7 +20,6 @@ from siss_diffusers.training.engines import (
     make_accelerator,
     saves_checkpoints,
     set_up_logging,
-    without_sync,
 )
 from siss_diffusers.training.log import StepLog
 from siss_diffusers.training.output_dir import clear_output_dir
@@ -132,10 +129,6 @@ class Run:
     def print(self, text: str) -> None:
         """Print on the main process."""
         self.accelerator.print(text)
-
-    def without_sync(self, model: nn.Module) -> AbstractContextManager:
-        """Keep DDP from reducing gradients inside: the engine reduces both, once per step."""
-        return without_sync(self.accelerator, model)
 
     @property
     def stop_requested(self) -> bool:

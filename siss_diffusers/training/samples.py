@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 # Strangers are made of at most so many of the images to forget: more than a threshold is measured on.
 MAX_TURNED_IMAGES = NUM_BINS * DRAWS_PER_BIN // 3
 
+# A prompt of Stable Diffusion 1.x takes 236 KB in float32, and a data set may have 100,000 different ones.
+MAX_TABLE_ON_DEVICE = 2**30
+
 
 @dataclass
 class Samples:
@@ -41,7 +44,9 @@ class Samples:
         keep_posterior: what forget images are redirected to, for a method that needs it.
         strangers: images that the model never saw, where thresholds are measured on them.
         stranger_sources: the forget image that each stranger was made of.
-        conditions: a row for each distinct prompt that is used; None for unconditional models.
+        device: that of the network.
+        conditions: a row for each distinct prompt that is used, on the device, or on the host if the table is large; None
+            for unconditional models.
         keep_conditions, forget_conditions: the row of each image.
         forget_prompt_rows: rows of the distinct prompts of the forget images.
         validation_rows: rows of --validation_prompts.
@@ -50,6 +55,7 @@ class Samples:
 
     keep: LoadsImages
     forget: LoadsImages
+    device: torch.device | str
     is_cached: bool = False
     neighbors: list[list[int]] | None = None
     keep_posterior: KeepPosterior | None = None
@@ -63,8 +69,8 @@ class Samples:
     empty_row: int | None = None
 
     def conditions_of(self, rows: Tensor | list[int] | None) -> Conditions | None:
-        """Return the conditions of these rows; None for unconditional models."""
-        return None if self.conditions is None else self.conditions[rows]
+        """Return the conditions of these rows, on the device; None for unconditional models."""
+        return None if self.conditions is None else self.conditions[rows].to(self.device)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,11 @@ def decide_caching(settings: Settings, training_set: TrainingSet) -> bool:
         raise UsageError(
             "--cache_latents: some images are not square, and a cached latent cannot be cropped; add --center_crop"
         )
+    if random_crops and settings.cache_latents is None and not settings.random_flip:
+        logger.warning(
+            "Some images are not square, and a random part of them is cropped: every image is encoded anew each time it is"
+            " drawn, in the main process. Add --center_crop to encode each once"
+        )
     return settings.cache_latents is not False and not (settings.random_flip or random_crops)
 
 
@@ -123,16 +134,16 @@ def prepare_samples(
     Args:
         pipeline: its text encoders and its VAE; the network may be missing.
         drawn: from `drawn_images`; None for unconditional models.
-        device: of the table of conditions.
+        device: that of the network.
     """
     split = training_set.split
-    samples = Samples(split.train, split.forget)
+    samples = Samples(split.train, split.forget, device)
     if threshold_source(settings, method) in ("strangers", "both"):
         strangers = Strangers(split.forget, images_to_turn(settings.seed, split.forget_digests))
         samples.strangers = strangers
         samples.stranger_sources = tuple(strangers.source_of(index) for index in range(len(strangers)))
     if family.has_prompts:
-        number_prompts(settings, family, pipeline, training_set, drawn, samples, device)
+        number_prompts(settings, family, pipeline, training_set, drawn, samples)
     if family.has_latents:
         encode_images(
             family, pipeline, training_set, drawn, samples, decide_caching(settings, training_set), show_progress
@@ -180,7 +191,6 @@ def number_prompts(
     training_set: TrainingSet,
     drawn: Drawn,
     samples: Samples,
-    device: torch.device,
 ) -> None:
     """Fill in the conditions of every prompt that will be used."""
     prompts = Prompts(family, pipeline)
@@ -191,7 +201,8 @@ def number_prompts(
     table, row_of = prompts.embed({*forget_numbers, *keep_numbers, *validation_numbers, empty})
     # With an adapter the frozen weights can be in half precision, and what they are told as well.
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.mixed_precision, torch.float32)
-    samples.conditions = table.to(device, precision)
+    table = table.to("cpu", precision)
+    samples.conditions = table if table.nbytes > MAX_TABLE_ON_DEVICE else table.to(samples.device)
     samples.keep_conditions = {row: row_of[number] for row, number in zip(drawn.keep_rows, keep_numbers)}
     samples.forget_conditions = [row_of[number] for number in forget_numbers]
     samples.forget_prompt_rows = tuple(row_of[number] for number in sorted(set(forget_numbers)))

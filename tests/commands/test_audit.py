@@ -11,7 +11,8 @@ from PIL import Image
 
 from siss_diffusers.assets.captioned import DIGIT_CAPTIONS, FLOWER_CAPTION, TEMPLE_CAPTION
 from siss_diffusers.auditing import self_similarity
-from siss_diffusers.commands.audit import compare_with_ordinary, read_captions
+from siss_diffusers.commands.audit_prompts import read_captions
+from siss_diffusers.commands.audit_table import compare_with_ordinary
 from siss_diffusers.families import StableDiffusion
 from siss_diffusers.families.sampling import sample_in_batches
 from siss_diffusers.metrics.noise_norm import NOT_IN_ONE_BATCH
@@ -57,7 +58,9 @@ def test_an_interrupted_audit_goes_on_and_an_other_one_is_refused(model, tmp_pat
     (out / "prompts" / "2.json").unlink()
     (out / "samples" / "2.png").unlink()
     before = (out / "prompts" / "1.json").stat().st_mtime_ns
+    capfd.readouterr()
     run_siss(*flags(model, out, "--prompts", "a cat", "a dog"))
+    assert "Sampling 1 prompt, 2 samples each" in capfd.readouterr().out  # what is left, shared out
     assert json.loads((out / "audit.json").read_text()) == whole and (out / "samples" / "2.png").exists()
     assert (out / "prompts" / "1.json").stat().st_mtime_ns == before
     message = siss_error(capfd, *flags(model, out, "--prompts", "a cat", "--seed", "1"))
@@ -96,6 +99,32 @@ def sample_in_two_calls(family, pipeline, conditions, unconditional, sampling, p
         return family.decode(pipeline, latents)
 
     return sample_in_batches(draw, len(conditions), sampling, pipeline.unet, progress)
+
+
+def test_a_labelled_list_says_how_well_each_measure_finds(model, tmp_path, capsys):
+    out, images = tmp_path / "audit", tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (16, 16), (200, 30, 90)).save(images / "a.png")
+    lines = ["prompt;kind;file", "a cat;VM;images/a.png", "a dog;;", 'a "bird", or two;TM;', "a tree;none;"]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    columns = ["--label_column", "kind", "--reference_column", "file"]
+    run_siss(*flags(model, out, "--prompts_file", str(tmp_path / "list.csv"), *columns))
+    audit = json.loads((out / "audit.json").read_text())
+    assert {row["prompt"] for row in audit["prompts"]} == {"a cat", "a dog", 'a "bird", or two', "a tree"}
+    # What is not memorized says what is ordinary.
+    assert {row["prompt"] for row in audit["ordinary"]} == {"a dog", "a tree"}
+    assert all(row["flagged"] is not None for row in audit["prompts"])
+    assert not any(row["flagged"] for row in audit["prompts"] if row["prompt"] in ("a dog", "a tree"))
+    with_match = [row["prompt"] for row in audit["prompts"] if row.get("best_match") is not None]
+    assert with_match == ["a cat"]
+    # None that is not memorized has a reference, so nothing is said of that measure.
+    assert set(audit["separation"]) == {"self_similarity", "noise_norm", "noise_norm_first"}
+    by_prompt = {row["prompt"]: row["noise_norm"] for row in audit["prompts"]}
+    memorized, others = [by_prompt["a cat"], by_prompt['a "bird", or two']], [by_prompt["a dog"], by_prompt["a tree"]]
+    wins = sum(high > low for high in memorized for low in others)
+    assert audit["separation"]["noise_norm"]["auc"] == wins / 4
+    printed = capsys.readouterr().out
+    assert "found at 1 % false alarms" in printed and "2 memorized, 2 not" in printed and "bird" not in printed
 
 
 def test_without_a_joint_batch_there_is_no_noise_norm_and_the_reason_is_said(model, tmp_path, monkeypatch, capsys):
@@ -147,6 +176,11 @@ def test_self_similarity_sees_a_picture_that_half_of_the_samples_are():
         (["--prompts_file", "missing.txt"], "--prompts_file"),
         (["--prompts", "x", "--guidance_scale", "1"], "--guidance_scale"),
         (["--prompts", "x", "--rank_by", "best_match"], "--train_data_dir"),
+        (["--prompts", "x", "--label_column", "type"], "--label_column names a column of --prompts_file"),
+        (
+            ["--prompts", "x", "--train_data_dir", ".", "--prompts_file", "a.csv", "--reference_column", "b"],
+            "give one",
+        ),
         (["--prompts", "x", "--train_data_dir", "missing"], "--train_data_dir"),
         (
             ["--prompts", "x", "--train_data_dir", "{parent}"],

@@ -78,12 +78,14 @@ def sd_flags(out, captioned, unlearned, cache_dir, *more):
     return [
         *("evaluate", "--base", str(TINY_SD), "--unlearned", str(unlearned), "--train_data_dir", str(captioned)),
         *("--output_dir", str(out), "--cache_dir", str(cache_dir), "--num_samples", "12", "--guidance_scale", "3"),
-        *("--num_ordinary_samples", "10", "--num_inference_steps", "12", *more),
+        *("--num_ordinary_samples", "10", "--num_inference_steps", "12"),
+        *("--num_likelihood_images", "2", *more),
     ]
 
 
 def test_stable_diffusion_before_and_after(captioned, adapter, networks, cache_dir, tmp_path, capfd):
     out, wordings = tmp_path / "out", tmp_path / "wordings.txt"
+    never_seen = write_images(tmp_path / "never_seen", {"one.png": flower_images()[30, ::-1].copy()})
     wordings.write_text("a flower\nflower photograph of a\n")
     run_siss(
         *sd_flags(out, captioned, adapter, cache_dir, "--also", f"same={TINY_SD}"),
@@ -91,13 +93,17 @@ def test_stable_diffusion_before_and_after(captioned, adapter, networks, cache_d
         *("--feature_extractor", str(networks / "flat.pt"), "--feature_size", "8"),
         *("--paraphrases_file", str(wordings), "--prompt_noise", "0.5"),
         *("--relearning_steps", "4", "--num_relearning_samples", "4"),
+        *("--embedding_attack", "--attack_steps", "2", "--attack_starts", "gauss", "--num_attack_samples", "2"),
+        *("--attack_controls", "2", "--never_seen_dir", str(never_seen)),
     )
     content = json.loads((out / "evaluation.json").read_text())
     base, unlearned, same, settings = (content[name] for name in ("base", "unlearned", "same", "settings"))
     assert settings["forget_images"] == 1 and settings["data"]["forget"] == 2
     # A model beside itself, on the same seeds: every figure is the same.
-    assert set(same) - set(base) == {"relearning", "drift"} and {name: same[name] for name in base} == base
+    bits = {"memorized_bits", "memorized_bits_se", "memorized_bits_by_condition"}
+    assert set(same) - set(base) == {"relearning", "drift"} | bits and {name: same[name] for name in base} == base
     assert same["drift"] == 0 and unlearned["drift"] > 0.5
+    assert same["memorized_bits"] == 0 and unlearned["memorized_bits"] > 10 * unlearned["memorized_bits_se"] > 0
     shares, shares_after = base["copy_share_by_detector"], unlearned["copy_share_by_detector"]
     assert min(shares.values()) > 0.4 and shares.keys() == {"pixel_l2", "correlation", "cluster", "network"}
     # Pixels as features are a poor detector: what the ruined model makes is like anything to them.
@@ -110,6 +116,8 @@ def test_stable_diffusion_before_and_after(captioned, adapter, networks, cache_d
     assert list(base["injection"]) == ["199", "399", "599", "799"] and base["injection"]["199"] > 0.9
     assert [row["prompt_number"] for row in base["paraphrases"]] == [0, 1] and base["prompt_noise"][0]["samples"] == 4
     assert [point["step"] for point in unlearned["relearning"]] == [0, 1, 2, 3, 4]
+    assert [row["controls"] for row in unlearned["embedding_attack"]["gauss"]] == [2, 2]
+    assert "attacked_copy_share" in base and "attacked_control_share" in base
     for metric in ("nll_forget_bpd", "clip_score", "clip_iqa", "inception_score"):
         assert base[metric] is None and settings["skipped"][metric]
     assert settings["damage_table"]["any"]["none"] == 1 and set(settings["keep_flagged"].values()) == {0.0}
@@ -218,6 +226,14 @@ def test_the_number_of_processes_changes_nothing(captioned, adapter, cache_dir, 
         (["--caption_column", "missing"], "--caption_column"),
         (["--clip_model", "{networks}"], "--clip_model"),
         (["--paraphrases_file", "missing.txt"], "--paraphrases_file"),
+        (["--attack_steps", "10"], "--attack_steps needs --embedding_attack"),
+        (["--embedding_attack", "--attack_steps", "0"], "--attack_steps"),
+        (["--embedding_attack", "--attack_restarts", "0"], "--attack_restarts"),
+        (["--embedding_attack", "--attack_starts", "elsewhere"], "--attack_starts"),
+        (["--embedding_attack", "--attack_controls", "-1"], "--attack_controls"),
+        (["--embedding_attack", "--num_attack_samples", "0"], "--num_attack_samples"),
+        (["--embedding_attack", "--never_seen_dir", "missing"], "--never_seen_dir"),
+        (["--embedding_attack", "--never_seen_dir", "{networks}"], "--never_seen_dir"),
         (["--output_dir", "{data}", "--overwrite_output_dir"], "lies in --train_data_dir"),
         (["--output_dir", "{data}/report"], "lies in --train_data_dir"),
     ],
@@ -228,6 +244,28 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     more = [value.format(networks=networks, data=captioned) for value in more]
     assert says in siss_error(capfd, *sd_flags(tmp_path / "out", captioned, adapter, cache_dir, *more))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unconditional_model_has_no_text_to_search(digits_folder, cache_dir, tmp_path, capfd):
+    base = (
+        "evaluate",
+        "--base",
+        str(TINY_MODEL),
+        "--unlearned",
+        str(TINY_MODEL),
+        "--train_data_dir",
+        str(digits_folder),
+    )
+    flags = (
+        *base,
+        "--forget_files",
+        "garment_0.png",
+        "--cache_dir",
+        str(cache_dir),
+        "--output_dir",
+        str(tmp_path / "out"),
+    )
+    assert "the injection, which is always measured" in siss_error(capfd, *flags, "--embedding_attack")
 
 
 def test_a_folder_that_holds_something_is_left_alone(captioned, adapter, cache_dir, tmp_path, capfd):

@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from siss_diffusers.data.images import Images
+from siss_diffusers.data.split import DataSource
 from siss_diffusers.errors import UsageError
-from siss_diffusers.evaluation import collect_data
+from siss_diffusers.evaluation import collect_data, split_to_measure
+from siss_diffusers.evaluation import data as data_module
+from siss_diffusers.families import StableDiffusion
+from siss_diffusers.settings import TextToImageSettings
 from tests.helpers.image_rows import make_images
+from tests.helpers.pictures import SECRET
 
 
 def pictures(*levels: int) -> list[np.ndarray]:
@@ -55,3 +61,16 @@ def test_where_no_image_to_keep_has_such_a_prompt_all_are_compared_with(keep, fo
 def test_a_prompt_without_a_sample_is_refused(keep, forget):
     with pytest.raises(UsageError, match="--num_samples must be at least 2"):
         collect_data(keep, forget, ["x"] * 5, ["a", "b", "a", "b"], num_samples=1, with_ordinary_images=False)
+
+
+@pytest.mark.parametrize("limit, expected", [(2_000, 20), (2, 4)])
+def test_of_a_large_set_no_more_is_read_than_is_used(captioned_folder, monkeypatch, limit, expected):
+    """The first images to keep, and the first of the memorized prompts, which may be few among many."""
+    monkeypatch.setattr(data_module, "MAX_KEEP_IMAGES", limit)
+    opened, open_image = [], Images.open
+    monkeypatch.setattr(Images, "open", lambda images, index: opened.append(index) or open_image(images, index))
+    given = DataSource.of(TextToImageSettings(train_data_dir=str(captioned_folder))).load()
+    split = split_to_measure(given, StableDiffusion(3, 32), seed=0, drop_near_duplicates=False, caption_column="text")
+    assert min(limit, 20) <= len(split.keep) <= expected
+    assert len(opened) == len(split.keep) + len(split.forget) == len(split.keep) + 3
+    assert split.keep_prompts.count(SECRET) >= min(limit, 10)

@@ -1,5 +1,7 @@
 """The evaluator: what it asks of every model, in which order, and what it says where it cannot measure."""
 
+import gc
+import weakref
 from contextlib import ExitStack
 
 import pytest
@@ -72,6 +74,26 @@ def test_one_pipeline_at_a_time_and_the_base_first(only):
     only(entry("looked", look))
     digits_evaluator().evaluate({"base": load_digits, "unlearned": load_digits, "third": load_digits})
     assert bases == {"base": None, "unlearned": "base", "third": "base"} and pipelines == [None] * 3
+
+
+def test_a_pipeline_is_freed_before_the_next_is_loaded(only):
+    """Networks hold cycles, which wait for the collector, and the next network needs their memory."""
+    only()
+    alive = []
+
+    def load():
+        assert all(pipeline() is None for pipeline in alive)
+        pipeline = load_digits()
+        pipeline.unet.itself = [pipeline]  # a cycle
+        alive.append(weakref.ref(pipeline))
+        return pipeline
+
+    gc.disable()
+    try:
+        digits_evaluator(use_clusters=False).evaluate({"base": load, "other": load})
+    finally:
+        gc.enable()
+    assert len(alive) == 2
 
 
 def test_what_is_skipped_is_null_with_its_reason_and_what_has_no_meaning_is_absent(only):

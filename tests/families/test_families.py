@@ -14,7 +14,8 @@ from torch import Tensor
 
 from siss_diffusers.errors import UsageError
 from siss_diffusers.families import FAMILIES, Conditions, LoadedPipeline, NamedPipeline, Sampling, find_family
-from siss_diffusers.families.prompts import Prompts, warn_of_long_prompts
+from siss_diffusers.families.loading import load_for_sampling
+from siss_diffusers.families.prompts import PROMPTS_AT_ONCE, Prompts, warn_of_long_prompts
 from siss_diffusers.families.text_to_image import EMBEDDING_BATCH
 from tests.helpers.tiny_families import PROMPTS, TINY, WITH_PROMPTS, conditions_of
 
@@ -110,6 +111,45 @@ def test_prompts_are_embedded_in_batches(loaded, monkeypatch):
         torch.testing.assert_close(many.tensors[name], tensor.expand_as(many.tensors[name]), rtol=1e-4, atol=1e-5)
 
 
+@with_prompts
+def test_a_prompt_is_embedded_in_a_batch_of_the_same_size_whatever_the_others(loaded, monkeypatch):
+    """Kernels are chosen by shape, and two of them may differ in the last bits."""
+    family, pipeline = loaded
+    encode, lengths = pipeline.encode_prompt, []
+
+    def spy(prompt, *args, **kwargs):
+        lengths.append(len(prompt))
+        return encode(prompt, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "encode_prompt", spy)
+    prompts = Prompts(family, pipeline)
+    numbers = prompts.number(["a photograph", *(f"a photograph of {number}" for number in range(PROMPTS_AT_ONCE))])
+    (alone, _), (table, row_of) = prompts.embed(numbers[:1]), prompts.embed(numbers)
+    assert lengths == [PROMPTS_AT_ONCE] * 3 and len(table) == len(numbers) and row_of[numbers[0]] == 0
+    for name, tensor in alone.tensors.items():
+        row = table.tensors[name][0]
+        if any(word in other for other in alone.tensors for word in ("mask", "lengths")):
+            # Prompts are padded to the longest of their batch, so that the shape depends on the others.
+            torch.testing.assert_close(tensor[0], row[: len(tensor[0])] if row.ndim else row, rtol=1e-4, atol=1e-5)
+        else:
+            assert tensor[0].equal(row)
+
+
+def test_pictures_reach_the_vae_one_by_one(tiny, folder):
+    """32 pictures of 512 pixels at once would take 24 GiB."""
+    if not tiny.family.has_latents:
+        return
+    source = NamedPipeline(str(folder))
+    family, sizes = tiny.family.from_source(source, tiny.resolution), []
+    for pipeline in (load_for_sampling(source, family, "cpu"), source.load_without_network(family)):
+        for part in (pipeline.vae.encoder, pipeline.vae.decoder):
+            part.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+        pictures = torch.rand(3, family.channels, family.resolution, family.resolution)
+        mean, _ = family.encode(pipeline, pictures * 2 - 1)
+        family.decode(pipeline, family.latent_scaling(pipeline)(mean))
+    assert sizes == [1] * 12
+
+
 @torch.no_grad()
 def reconstructed(vae, pixels: Tensor) -> Tensor:
     """Return what a VAE by itself makes of pictures `(B, C, H, W)`; for one of videos each is a frame."""
@@ -134,6 +174,14 @@ def test_pictures_survive_the_way_to_the_network_and_back(loaded):
     torch.testing.assert_close(family.decode(pipeline, scaling(mean)), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_pictures_are_decoded_in_the_precision_of_the_vae_whatever_the_training_casts(loaded):
+    family, pipeline = loaded
+    mean, _ = family.encode(pipeline, torch.rand(2, family.channels, family.resolution, family.resolution) * 2 - 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cast = family.decode(pipeline, mean)
+    assert cast.equal(family.decode(pipeline, mean))
+
+
 def test_the_answer_of_the_network_has_the_shape_of_the_sample(loaded):
     family, pipeline = loaded
     mean, _ = family.encode(pipeline, torch.zeros(2, family.channels, family.resolution, family.resolution))
@@ -142,6 +190,19 @@ def test_the_answer_of_the_network_has_the_shape_of_the_sample(loaded):
     with torch.no_grad():
         answer = family.predict(family.network(pipeline), mean, timesteps, None if empty is None else conditions)
     assert answer.shape == mean.shape and answer.isfinite().all()
+
+
+def test_a_call_of_the_network_makes_nothing_on_another_device(loaded):
+    """`meta` stands for a GPU: an operation with a tensor of the host fails."""
+    family, pipeline = loaded
+    mean, _ = family.encode(pipeline, torch.zeros(2, family.channels, family.resolution, family.resolution))
+    conditions, empty = conditions_of(family, pipeline, 2)
+    timesteps = family.path(pipeline).model_timesteps[[10, 700]].to("meta")
+    if "lengths" in conditions.tensors:
+        pytest.skip("the network takes lists of prompts, whose lengths are read on the host")
+    told = None if empty is None else conditions.to("meta")
+    answer = family.predict(family.network(pipeline).to("meta"), mean.to("meta"), timesteps, told)
+    assert answer.device.type == "meta" and answer.shape == mean.shape
 
 
 def test_samples_are_those_of_the_pipeline_and_do_not_depend_on_the_batch(tiny, loaded):

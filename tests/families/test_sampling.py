@@ -1,10 +1,18 @@
-"""Samples of an unconditional model: the same for the same seed, whatever the batch."""
+"""Samples: the same for the same seed, whatever the batch; and the samplers that draw them."""
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UNet2DModel,
+)
 
 from siss_diffusers.families import Conditions, Sampling, Unconditional
+from siss_diffusers.families.sampling import latent_sampler
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +65,22 @@ def test_the_mode_of_the_network_is_restored(unet, training):
 def test_a_model_of_another_prediction_type_is_sampled_as_such(unet):
     images = [sample(unet, num_samples=1, prediction_type=name) for name in ("epsilon", "v_prediction", "sample")]
     assert (images[0] - images[1]).abs().mean() > 0.01 and (images[0] - images[2]).abs().mean() > 0.01
+
+
+def test_samples_have_the_resolution_that_was_asked_for(unet):
+    """`DDIMPipeline` would draw them at that of the network, and a validation could not compare them."""
+    pipeline = DDPMPipeline(unet, DDPMScheduler())
+    assert Unconditional(3, 16).sample(pipeline, Conditions({}, 2), None, Sampling(2)).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_latents_are_not_clipped_whatever_sampler_a_pipeline_was_saved_with(scheduler):
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    config = latent_sampler(scheduler(**betas).config).config
+    assert (config.clip_sample, config.set_alpha_to_one, config.steps_offset) == (False, False, 1)
+    assert config.beta_end == 0.012
+
+
+def test_what_a_configuration_says_is_kept():
+    config = latent_sampler(DDIMScheduler(clip_sample=True, set_alpha_to_one=True, steps_offset=0).config).config
+    assert (config.clip_sample, config.set_alpha_to_one, config.steps_offset) == (True, True, 0)

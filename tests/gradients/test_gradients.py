@@ -24,8 +24,8 @@ from tests.helpers.tiny_problem import (
 )
 
 
-SCALINGS = {"relative": 0.3, "norm": 5.0, "fixed": 0.2, "nash": None}
-MODES = {"relative": "paired", "norm": "forget_first", "fixed": "single", "nash": "paired"}
+SCALINGS = {"relative": 0.3, "norm": 5.0, "fixed": 0.2, "nash": None, "project": 0.3}
+MODES = {"relative": "paired", "norm": "forget_first", "fixed": "single", "nash": "paired", "project": "paired"}
 
 
 def window_of(query, *sizes, method=None):
@@ -247,7 +247,7 @@ def test_a_weight_that_is_not_a_number_does_not_drop_out_of_sight():
     assert sum(2 in group.pair for group, keep, _ in split_by_side(rows) if keep) == 1
 
 
-@pytest.mark.parametrize("scaling", ["relative", "norm", "nash"])
+@pytest.mark.parametrize("scaling", ["relative", "norm", "nash", "project"])
 @pytest.mark.parametrize("side", ["keep", "forget"])
 def test_a_side_without_rows_means_the_keep_gradient_alone(scaling, side):
     net, window = TinyNet(), window_of(draw_query(), 12)
@@ -266,7 +266,7 @@ def test_a_forget_gradient_of_zero_leaves_finite_weights():
         window = [
             replace(window[0], forget_target=net(window[0].noisy[12:], window[0].timesteps[12:]).repeat(2, 1, 1, 1))
         ]
-    for scaling in ("relative", "norm", "nash"):
+    for scaling in ("relative", "norm", "nash", "project"):
         found, stats = engine_gradient(net, scaling_rule(scaling, SCALINGS[scaling]), window)
         assert stats.grad_norm_forget == 0 and stats.forget_scale == 0 and not stats.one_sided
         assert relative_error(found, g_keep) < 1e-6

@@ -19,7 +19,7 @@ from tests.helpers.tiny_problem import (
 )
 
 
-SCALINGS = [("relative", 0.3), ("norm", 5.0), ("fixed", 0.2), ("nash", None)]
+SCALINGS = [("relative", 0.3), ("norm", 5.0), ("fixed", 0.2), ("nash", None), ("project", 0.3)]
 
 
 class Terms:
@@ -66,6 +66,9 @@ def subtracted(scaling: str, scale: float | None) -> Combination:
         if scaling == "nash":
             both = (1 - g_keep @ g_forget / (norm_keep * norm_forget)).sqrt()
             return (g_keep / norm_keep - g_forget / norm_forget) / both
+        if scaling == "project":
+            conflict = (g_forget @ g_keep / norm_keep.square()).clamp_min(0)
+            return g_keep - scale * norm_keep / norm_forget * (g_forget - conflict * g_keep)
         c = {"relative": scale * norm_keep / norm_forget, "norm": scale / norm_forget, "fixed": scale}[scaling]
         return g_keep - c * g_forget
 

@@ -205,3 +205,9 @@ class TestFigures:
     def test_nothing_measured(self, base, adapter):
         card = render(adapter, base=base)
         assert "**Nothing was measured.**" in card and "evaluation.json" not in card and HEAD not in card
+
+
+def test_the_adapter_is_loaded_into_the_files_that_it_was_trained_on(adapter):
+    card = render(adapter, base_revision="v1", base_variant="fp16")
+    assert 'DiffusionPipeline.from_pretrained("base/tiny", revision="v1", variant="fp16")' in card
+    assert 'DiffusionPipeline.from_pretrained("base/tiny")' in render(adapter)

@@ -57,6 +57,13 @@ def test_grey_and_larger_pictures_are_taken(folder):
     torch.testing.assert_close(clip.of_images(grey, batch_size=3), colour)
 
 
+def test_a_clip_that_is_stored_in_half_precision_is_used_in_full(folder, tmp_path):
+    CLIPModel.from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path)
+    make_tokenizer(tuple(TEXTS)).save_pretrained(tmp_path)
+    clip = Clip(str(tmp_path), torch.device("cpu"), "--clip_model")
+    assert clip.model.dtype == torch.float32
+
+
 def test_quality_is_a_softmax_over_two_texts():
     images, good, bad = torch.eye(3), torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
     assert clip_iqa(images, good, bad, logit_scale=2.0).tolist() == pytest.approx(

@@ -1,11 +1,14 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from siss_diffusers.metrics import METRICS, likelihood
 from siss_diffusers.metrics.likelihood import bits_per_dimension
 from siss_diffusers.noising import GaussianPath, prediction_target
+from tests.helpers.evaluating import digits_evaluator, load_digits
 
 
 SHAPE = (1, 6, 6)
@@ -93,3 +96,15 @@ def test_neither_the_batch_nor_the_other_images_matter():
     torch.testing.assert_close(
         bits_per_dimension(images[:2], path, network, num_steps=20), together[:2], atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize("size, rows", [(8, 32), (256, 4), (1024, 1)])
+def test_large_pictures_are_few_at_a_time(size, rows, monkeypatch):
+    """A row keeps the activations of its forward: 32 of 256 pixels take 66 GiB in the network of CelebA-HQ."""
+    asked, digits = [], digits_evaluator(batch_size=32).model("base", load_digits())
+    digits.data = replace(digits.data, forget=torch.rand(1, 3, size, size), keep=torch.rand(1, 3, size, size))
+    monkeypatch.setattr(
+        likelihood, "bits_per_dimension", lambda *_, batch_size, **more: asked.append(batch_size) or torch.zeros(2)
+    )
+    METRICS["nll_forget_bpd"].measure(digits)
+    assert asked == [rows]

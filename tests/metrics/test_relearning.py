@@ -8,7 +8,9 @@ from siss_diffusers.noising import GaussianPath
 PATH = GaussianPath(torch.linspace(0.9, 0.1, 5), torch.linspace(0.4, 0.99, 5), torch.arange(5), "epsilon")
 
 
-def trained(num_steps: int, learning_rate: float = 0.1, seed: int = 0) -> tuple[nn.Module, list[int], list[tuple]]:
+def trained(
+    num_steps: int, learning_rate: float = 0.1, seed: int = 0, micro_batch: int = 8
+) -> tuple[nn.Module, list[int], list[tuple]]:
     torch.manual_seed(0)
     network, steps, calls = nn.Conv2d(1, 1, 1).requires_grad_(False).eval(), [], []
 
@@ -18,7 +20,7 @@ def trained(num_steps: int, learning_rate: float = 0.1, seed: int = 0) -> tuple[
 
     clean = torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 1, 2, 2)
     options = {"num_steps": num_steps, "learning_rate": learning_rate, "batch_size": 8, "seed": seed}
-    fine_tune(network, PATH, clean, predict, steps.append, **options)
+    fine_tune(network, PATH, clean, predict, steps.append, micro_batch=micro_batch, **options)
     return network, steps, calls
 
 
@@ -41,6 +43,13 @@ def test_all_weights_are_trained_towards_the_noise_that_was_added():
     optimizer.step()
     torch.testing.assert_close(network.weight, expected.weight, rtol=1e-5, atol=1e-6)
     assert set(rows.tolist()) <= {0, 1, 2} and len(set(indices.tolist())) > 1
+
+
+def test_a_few_rows_at_a_time_take_the_same_steps():
+    whole, parts = trained(3), trained(3, micro_batch=3)
+    assert [len(rows) for _, _, rows in whole[2]] == [8] * 3
+    assert [len(rows) for _, _, rows in parts[2]] == [3, 3, 2] * 3
+    torch.testing.assert_close(parts[0].weight, whole[0].weight, rtol=1e-4, atol=1e-6)
 
 
 def test_the_gradient_is_clipped_in_every_step(monkeypatch):

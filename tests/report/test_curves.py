@@ -1,11 +1,11 @@
-"""The relearning curve: an SVG within the page that shows its points, and nothing of the caller's text."""
+"""A curve of shares: an SVG within the page that shows its points, and nothing of the caller's text."""
 
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from siss_diffusers.report.curves import COLORS, HEIGHT, WIDTH, relearning_svg
+from siss_diffusers.report.curves import COLORS, HEIGHT, WIDTH, share_svg
 
 
 class Drawing(HTMLParser):
@@ -48,7 +48,7 @@ RISING = curve((0, 0.0, 0.0, 0.057), (50, 0.0, 0.0, 0.057), (100, 0.016, 0.0027,
 
 
 def test_points_lie_where_the_shares_are():
-    drawing = Drawing(relearning_svg({"unlearned": RISING}))
+    drawing = Drawing(share_svg({"unlearned": RISING}, "relearning"))
     points = drawing.points["points-0"]
     (first, _), *_ = points
     assert [(x - first) / (points[-1][0] - first) for x, _ in points] == pytest.approx([0, 0.25, 0.5, 1], abs=1e-3)
@@ -63,7 +63,7 @@ def test_points_lie_where_the_shares_are():
 
 @pytest.mark.parametrize("steps", [[0], [0, 1], [0, 3], [0, 2500, 5000]])
 def test_curves_of_any_length(steps):
-    drawing = Drawing(relearning_svg({"unlearned": curve(*((step, 1.0) for step in steps))}))
+    drawing = Drawing(share_svg({"unlearned": curve(*((step, 1.0) for step in steps))}, "relearning"))
     assert len(drawing.points["points-0"]) == len(steps)
     assert "band-0" not in drawing.paths
     # Steps are whole, so that a run of three has no tick at 0.5.
@@ -73,12 +73,12 @@ def test_curves_of_any_length(steps):
 
 def test_a_band_needs_every_interval():
     points = RISING | curve((300, 0.2))
-    assert "band-0" not in Drawing(relearning_svg({"unlearned": points})).paths
+    assert "band-0" not in Drawing(share_svg({"unlearned": points}, "relearning")).paths
 
 
 def test_models_differ_in_colour_or_dashes_and_no_name_is_in_the_drawing():
     names = [f"$secret_{index}$ <b>" for index in range(len(COLORS) + 1)]
-    svg = relearning_svg(dict.fromkeys(names, RISING))
+    svg = share_svg(dict.fromkeys(names, RISING), "relearning")
     drawing = Drawing(svg)
     styles = [drawing.paths[f"curve-{index}"][0]["style"] for index in range(len(names))]
     assert len(set(styles)) == len(names)
@@ -87,13 +87,13 @@ def test_models_differ_in_colour_or_dashes_and_no_name_is_in_the_drawing():
 
 
 def test_the_drawing_has_only_the_page_s_colours_and_nothing_global():
-    svg = relearning_svg({"unlearned": RISING})
+    svg = share_svg({"unlearned": RISING}, "relearning")
     assert svg.startswith("<svg ") and svg.endswith("</svg>")
     assert not re.search(r"#[0-9a-fA-F]{6}\b", svg)
     for forbidden in ("<style", "<script", "<metadata", "http", "url(", "font:", "<!DOCTYPE"):
         assert forbidden not in svg
     assert f'viewBox="0 0 {WIDTH} {HEIGHT}"' in svg
-    assert svg == relearning_svg({"unlearned": RISING})
+    assert svg == share_svg({"unlearned": RISING}, "relearning")
 
 
 def test_the_legend_names_every_curve_with_its_style(report, evaluation):
@@ -101,4 +101,4 @@ def test_the_legend_names_every_curve_with_its_style(report, evaluation):
     page = report(evaluation)
     keys = [path["style"] for path in page.named("path") if "stroke-dasharray: " in path.get("style", "")]
     assert [key for key in keys if key.startswith("stroke: var(--c0)")] and "var(--c1)" in " ".join(keys)
-    assert "unlearned retrained" in page.section("Attempts to bring the images back")
+    assert "unlearned retrained" in page.section("Does it stay forgotten?")

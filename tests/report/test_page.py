@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from siss_diffusers.metrics import METRICS
-from siss_diffusers.report.curves import relearning_svg
+from siss_diffusers.report.curves import share_svg
 from siss_diffusers.report.sentences import NO_ENTRY, NO_REASON, NONE_LEFT, NOT_FINITE
 
 
@@ -30,7 +30,7 @@ def test_the_order_of_the_page(report, evaluation, png):
         "Verdict",
         "Figures",
         "Copies by detector",
-        "Attempts to bring the images back",
+        "Does it stay forgotten?",
         "How far the detectors can be trusted",
         "Settings",
         "Not measured",
@@ -80,7 +80,7 @@ def test_rows_of_the_other_tables(report, evaluation):
     assert page.row("Seed") == ["1234"]
     assert page.row("Time taken") == ["12 min 34 s"]
     assert page.row("Versions") == ["torch 2.9.1+cpu, diffusers 0.35.1"]
-    assert "Not measured for the base." in page.section("Attempts to bring the images back")
+    assert "Not measured for the base." in page.section("Does it stay forgotten?")
 
 
 def test_chapters_hold_their_metrics_and_only_those_with_figures(report):
@@ -158,12 +158,12 @@ def test_any_entry_may_be_missing_or_null(report, evaluation, monkeypatch):
     # Most variants have the same curve, and drawing it is slow.
     drawings = {}
 
-    def draw_once(curves: dict) -> str:
-        if repr(curves) not in drawings:
-            drawings[repr(curves)] = relearning_svg(curves)
-        return drawings[repr(curves)]
+    def draw_once(curves: dict, steps: str) -> str:
+        if (key := repr(curves)) not in drawings:
+            drawings[key] = share_svg(curves, steps)
+        return drawings[key]
 
-    monkeypatch.setattr("siss_diffusers.report.page.relearning_svg", draw_once)
+    monkeypatch.setattr("siss_diffusers.report.page.share_svg", draw_once)
     variants = list(all_missing(evaluation))
     assert len(variants) > 200
     for variant in variants:

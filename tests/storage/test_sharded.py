@@ -31,7 +31,7 @@ SPLITS = {
     3: [(0, 1, 6), (6, 7, 9), (9, 11, 12)],
     4: [(0, 1, 2), (2, 4, 6), (6, 8, 10), (10, 11, 12)],
 }
-SCALINGS = {"relative": 0.3, "norm": 5.0, "fixed": 0.2, "nash": None, "lagged": 0.2}
+SCALINGS = {"relative": 0.3, "norm": 5.0, "fixed": 0.2, "nash": None, "project": 0.3, "lagged": 0.2}
 # "one-sided ranks": every row of the first ranks serves the keep side only, every row of the others the forget side only.
 KINDS = ("plain", "calibrated", "one-sided ranks", "frozen", "naive deletion", "neggrad", "two network calls")
 CASES = [(scaling, kind) for scaling in SCALINGS for kind in KINDS[:4]] + [("relative", kind) for kind in KINDS[4:]]

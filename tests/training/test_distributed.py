@@ -23,7 +23,7 @@ from tests.helpers.tiny_problem import (
 STEPS, PAIRS = 3, 12
 # For each rank the boundaries of its micro-batches in the pairs of the window; uneven on purpose.
 SPLITS = {1: [(0, 12)], 2: [(0, 5, 6), (6, 12)], 3: [(0, 7), (7, 8), (8, 10, 12)]}
-SCALINGS = {"relative": 0.3, "norm": 5.0, "fixed": 0.2, "nash": None}
+SCALINGS = {"relative": 0.3, "norm": 5.0, "fixed": 0.2, "nash": None, "project": 0.3}
 # "calibrated": thresholds near the middle of the losses, so that some forget rows are dropped. "one-sided ranks":
 # every row of the first rank serves the keep side only, and every row of the others the forget side only.
 KINDS = ("plain", "calibrated", "one-sided ranks")

@@ -32,14 +32,24 @@ def test_copies_are_judged_at_one_size(base_args, tmp_path, monkeypatch):
 
     def spy(cls, references, keep):
         detectors = calibrated(cls, references, keep)
-        sizes.append(detectors.references.shape[-1])
+        # What is handed over, too: 2,000 pictures of 512 pixels would take 6 GB, and four times as much on the way.
+        sizes.extend(pictures.shape[-1] for pictures in (references, keep, detectors.references))
         return detectors
 
     monkeypatch.setattr(CopyDetectors, "calibrated", classmethod(spy))
     flags = {"--pretrained_model_name_or_path": str(tmp_path / "large"), "--validation_steps": "1"}
     flags |= {"--ddpm_num_inference_steps": "1", "--max_train_steps": "1", "--train_batch_size": "2"}
     train_siss_unconditional.main(to_argv(base_args | flags | VALIDATION))
-    assert sizes == [DETECTOR_SIZE]
+    assert sizes == [DETECTOR_SIZE] * 3
+
+
+def test_samples_are_compared_at_the_resolution_of_the_run(base_args, tmp_path):
+    """Not at that of the network, where pictures of another size could not be compared."""
+    flags = {"--resolution": "16", "--validation_steps": "1", "--max_train_steps": "1"}
+    build_pipeline(sample_size=8).save_pretrained(tmp_path / "small")
+    flags |= {"--pretrained_model_name_or_path": str(tmp_path / "small"), "--ddpm_num_inference_steps": "1"}
+    train_siss_unconditional.main(to_argv(base_args | flags | VALIDATION))
+    assert (tmp_path / "out" / "validation_log.jsonl").exists()
 
 
 @pytest.mark.parametrize("more", ["full", "EMA", "LoRA", "unconditional"])

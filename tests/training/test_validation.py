@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import train_siss_unconditional
 from siss_diffusers.families import Unconditional
+from siss_diffusers.gradients import PairedGradients
 from siss_diffusers.metrics.copies import CopyDetectors
 from tests.helpers.commands import to_argv
 from tests.helpers.runs import read_log
@@ -50,3 +52,20 @@ def test_blind_detectors_never_end_a_run(base_args, tmp_path, monkeypatch, caplo
     assert len(read_log(tmp_path / "out")) == 3
     assert {look["copy_share"] for look in looks(tmp_path)} == {None}
     assert caplog.text.count("Copies cannot be counted") == 1
+
+
+@pytest.mark.parametrize("active, steps_looked_at", [(0.9, [4]), (0.2, [2, 4]), (None, [2, 4])])
+def test_a_run_that_may_stop_looks_when_little_is_pushed_and_at_the_end(
+    base_args, tmp_path, monkeypatch, active, steps_looked_at
+):
+    """8 rows of a step say little, and a run must not end without a look."""
+    compute = PairedGradients.compute
+
+    def pushed(self, *args):
+        return replace(compute(self, *args), forget_active=active)
+
+    monkeypatch.setattr(PairedGradients, "compute", pushed)
+    monkeypatch.setattr(Unconditional, "sample", lambda *_: torch.zeros(4, 1, 8, 8))  # which never end a run
+    flags = FLAGS | {"--validation_steps": "2", "--max_train_steps": "4"}
+    train_siss_unconditional.main(to_argv(base_args | flags))
+    assert [look["step"] for look in looks(tmp_path)] == steps_looked_at
