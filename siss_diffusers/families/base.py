@@ -171,7 +171,10 @@ class Family(ABC):
 
     def width(self, source: PipelineSource) -> int:
         """Return the channels of the network's widest block, which the default learning rate goes by."""
-        return max(source.component_config(self.network_name)["block_out_channels"])
+        config = source.component_config(self.network_name)
+        if "block_out_channels" in config:
+            return max(config["block_out_channels"])
+        return config["num_attention_heads"] * config["attention_head_dim"]
 
     def network(self, pipeline) -> nn.Module:
         """Return the component that is trained."""

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from siss_diffusers.families.base import PipelineSource
 from siss_diffusers.families.text_to_image import TextToImage
 from siss_diffusers.noising import GaussianPath
 
@@ -36,10 +35,6 @@ class FlowMatching(TextToImage):
     def latent_size(cls, config: dict) -> int:
         # Positions that are rotations know no size; 128 is the default of the pipelines.
         return config.get("sample_size") or 128
-
-    def width(self, source: PipelineSource) -> int:
-        config = source.component_config(self.network_name)
-        return config["num_attention_heads"] * config["attention_head_dim"]
 
     def token_limit(self, pipeline, tokenizer_name: str) -> int:
         if tokenizer_name == self.tokenizers[-1]:

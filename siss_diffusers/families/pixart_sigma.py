@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from siss_diffusers.errors import UsageError
-from siss_diffusers.families.base import Conditions, PipelineSource
+from siss_diffusers.families.base import Conditions
 from siss_diffusers.families.text_to_image import TextToImage
 
 
@@ -34,10 +34,6 @@ class PixArtSigma(TextToImage):
                 f"{flag}: the transformer is told the size of a picture, as that of PixArt-Alpha, which is not supported;"
                 " use PixArt-Sigma"
             )
-
-    def width(self, source: PipelineSource) -> int:
-        config = source.component_config(self.network_name)
-        return config["num_attention_heads"] * config["attention_head_dim"]
 
     def texts_of(self, pipeline, prompts: Sequence[str]) -> list[str]:
         return [prompt.lower().strip() for prompt in prompts]
