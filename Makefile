@@ -7,10 +7,13 @@ INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SOURCES := siss_diffusers train_siss_unconditional.py train_siss_sd.py benchmarks examples tests setup.py
 
-.PHONY: demo demo-unconditional demo-audit test test-full bench gpu-check style quality clean
+.PHONY: demo demo-flow demo-unconditional demo-audit test test-full bench gpu-check style quality clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo_sd.py
+
+demo-flow: $(INSTALLED)
+	$(BIN)/python examples/demo_sd.py --flow
 
 demo-unconditional: $(INSTALLED)
 	$(BIN)/python examples/demo_unconditional.py

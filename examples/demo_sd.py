@@ -1,4 +1,5 @@
-"""Unlearn the flower that the tiny Stable Diffusion reproduces by a LoRA adapter, load it, and measure: `make demo`.
+"""Unlearn the flower that a tiny model reproduces by a LoRA adapter, load it, and measure: `make demo` with a Stable
+Diffusion, `make demo-flow` with a model of flow matching.
 
 Everything that the demo needs is in the package: the model, and scikit-learn's digits and photographs.
 """
@@ -6,6 +7,7 @@ Everything that the demo needs is in the package: the model, and scikit-learn's 
 import argparse
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -22,6 +24,7 @@ import siss_diffusers
 from siss_diffusers.assets.captioned import (
     DIGIT_CAPTIONS,
     FLOWER_CAPTION,
+    SIZE,
     TEMPLE_CAPTION,
     digit_images,
     flower_images,
@@ -29,7 +32,7 @@ from siss_diffusers.assets.captioned import (
     write_training_folder,
 )
 from siss_diffusers.evaluation import EvaluationData, EvaluationSettings, Evaluator, MeasuredModel, Networks, measure
-from siss_diffusers.families import NamedPipeline, StableDiffusion
+from siss_diffusers.families import Family, NamedPipeline, find_family
 from siss_diffusers.families.loading import load_for_sampling
 from siss_diffusers.metrics import METRICS
 from siss_diffusers.metrics.pictures import frame_copies
@@ -38,7 +41,8 @@ from siss_diffusers.storage.checkpoints import list_checkpoints
 from siss_diffusers.storage.files import write_json
 
 
-MODEL = Path(siss_diffusers.__file__).parent / "assets" / "tiny_sd"
+ASSETS = Path(siss_diffusers.__file__).parent / "assets"
+MODEL, FLOW_MODEL = ASSETS / "tiny_sd", ASSETS / "tiny_flow"
 GUIDANCE_SCALE = 3.0
 SHOWN_CAPTIONS = (*[FLOWER_CAPTION] * 2, TEMPLE_CAPTION, DIGIT_CAPTIONS[3], DIGIT_CAPTIONS[7])
 COLUMNS = 12
@@ -49,21 +53,29 @@ SETTINGS = {"--max_train_steps": "150", "--checkpointing_steps": "25"}
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--flow", action="store_true", help="The model of flow matching.")
+    parser.add_argument("--output_dir", type=Path, help="Default: outputs/demo, or outputs/demo_flow with --flow.")
     parser.add_argument("--num_forget_samples", type=int, default=256, help="Samples of the memorized prompt.")
     parser.add_argument(
         "--num_digit_samples", type=int, default=500, help="Samples of the ten digit prompts together."
     )
     parser.add_argument("--num_curve_samples", type=int, default=64, help="Samples of each point of forgetting.png.")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.model = FLOW_MODEL if args.flow else MODEL
+    args.output_dir = args.output_dir or Path("outputs", "demo_flow" if args.flow else "demo")
+    return args
 
 
-def load_pipeline(adapter: Path | None = None):
+def family_of(source: NamedPipeline) -> Family:
+    """Return the family of a model, for the pictures of the demo."""
+    return find_family(source).from_source(source, SIZE)
+
+
+def load_pipeline(adapter: Path | None = None, model: Path = MODEL):
     """Load the base, or a fresh pipeline with the adapter in it."""
-    source = NamedPipeline(str(MODEL))
-    family = StableDiffusion.from_source(source)
-    return load_for_sampling(source, family, "cpu", adapter=None if adapter is None else str(adapter))
+    source = NamedPipeline(str(model))
+    return load_for_sampling(source, family_of(source), "cpu", adapter=None if adapter is None else str(adapter))
 
 
 def as_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -78,7 +90,7 @@ def digit_classifier() -> MLPClassifier:
     return classifier.fit(as_tensor(digits).mean(1).flatten(1).numpy(), classes)
 
 
-def make_evaluator(seed: int, num_forget_samples: int, num_digit_samples: int) -> Evaluator:
+def make_evaluator(seed: int, num_forget_samples: int, num_digit_samples: int, model: Path = MODEL) -> Evaluator:
     """Return what measures every model: samples of the memorized prompt, and samples of the ten digit prompts.
 
     Copies are told by pixels alone, so that models can be measured without the base.
@@ -105,8 +117,9 @@ def make_evaluator(seed: int, num_forget_samples: int, num_digit_samples: int) -
         seed=seed,
         use_clusters=False,
     )
-    family = StableDiffusion.from_source(NamedPipeline(str(MODEL)))
-    return Evaluator(family, data, settings, Networks(class_probabilities=class_probabilities))
+    return Evaluator(
+        family_of(NamedPipeline(str(model))), data, settings, Networks(class_probabilities=class_probabilities)
+    )
 
 
 def draw_grid(path: Path, models: dict[str, tuple[MeasuredModel, float | None]]) -> dict[str, torch.Tensor]:
@@ -153,7 +166,8 @@ def main() -> None:
     data = write_training_folder(args.output_dir / "data")
     adapter = args.output_dir / "adapter"
     flags = {
-        "--pretrained_model_name_or_path": str(MODEL),
+        "--pretrained_model_name_or_path": str(args.model),
+        "--resolution": str(SIZE),
         "--train_data_dir": str(data),  # its metadata.jsonl says which images to forget
         "--output_dir": str(adapter),
         "--use_lora": None,
@@ -165,10 +179,11 @@ def main() -> None:
     train_seconds = launch("train_siss_sd.py", flags | SETTINGS)
 
     print("Measuring the base and the adapter on the same seeds", flush=True)
-    evaluator = make_evaluator(args.seed, args.num_forget_samples, args.num_digit_samples)
-    evaluation = evaluator.evaluate({"base": load_pipeline, "unlearned": lambda: load_pipeline(adapter)})
+    evaluator = make_evaluator(args.seed, args.num_forget_samples, args.num_digit_samples, args.model)
+    load = partial(load_pipeline, model=args.model)
+    evaluation = evaluator.evaluate({"base": load, "unlearned": partial(load, adapter)})
     print("Drawing the pictures and the curve over the checkpoints", flush=True)
-    base, unlearned = evaluator.model("base", load_pipeline()), evaluator.model("unlearned", load_pipeline(adapter))
+    base, unlearned = evaluator.model("base", load()), evaluator.model("unlearned", load(adapter))
     blocks = draw_grid(
         args.output_dir / "before_after.png",
         {
@@ -179,7 +194,7 @@ def main() -> None:
         },
     )
     same_at_scale_0 = blocks["base"].equal(blocks["adapter at scale 0"])
-    curve = forgetting_curve(evaluator, adapter, args.num_curve_samples)
+    curve = forgetting_curve(evaluator, adapter, args.num_curve_samples, args.model)
     plot_forgetting(args.output_dir / "forgetting.png", curve)
 
     seconds = time.perf_counter() - started
@@ -198,13 +213,15 @@ def main() -> None:
     print("From a list of prompts to the proof, with a report: make demo-audit")
 
 
-def forgetting_curve(evaluator: Evaluator, adapter: Path, num_samples: int) -> list[tuple[int, dict]]:
+def forgetting_curve(
+    evaluator: Evaluator, adapter: Path, num_samples: int, model: Path = MODEL
+) -> list[tuple[int, dict]]:
     """Measure the base and every checkpoint by a few samples; return the figures with the number of steps."""
     pipelines = {0: None} | {int(path.name.rpartition("-")[2]): path for path in list_checkpoints(adapter)}
     curve = []
     for step, checkpoint in pipelines.items():
-        model = evaluator.model(f"step {step}", load_pipeline(checkpoint), num_samples=num_samples)
-        figures, reasons = measure(model, CURVE_METRICS)
+        measured = evaluator.model(f"step {step}", load_pipeline(checkpoint, model), num_samples=num_samples)
+        figures, reasons = measure(measured, CURVE_METRICS)
         curve.append((step, figures | dict.fromkeys(reasons)))
     return curve
 

@@ -45,8 +45,9 @@ def add_metric_arguments(metrics: argparse._ArgumentGroup) -> None:
         "--num_likelihood_images",
         type=natural_number,
         default=EvaluationSettings.num_likelihood_images,
-        help="Images to keep whose likelihood is computed, of unconditional models; at most 8 of them, and as many"
-        " pictures never seen, have their bits compared with the base's, of all models; default: %(default)s.",
+        help="Images to keep whose likelihood is computed, of unconditional models. Of all models, so many forget images,"
+        " and at most 8 images to keep and 8 pictures never seen, have their bits compared with the base's. 0 leaves both"
+        " out; default: %(default)s.",
     )
     metrics.add_argument(
         "--paraphrases_file",

@@ -31,7 +31,8 @@ class EvaluationSettings:
         classifier_size: pictures are resized to this side for it; None shows them as they are.
         clip_model: a CLIP of transformers, for CLIP score and CLIP-IQA: a folder, or a name on the Hub.
         cache_dir: where downloaded models are kept.
-        num_likelihood_images: images to keep whose likelihood is computed; at most 8 of them are compared in bits.
+        num_likelihood_images: images to keep whose likelihood is computed; of forget images and, at most 8, of images to
+            keep the bits are compared. 0 leaves both out.
         paraphrases: other wordings of the memorized prompts.
         prompt_noise: sample with noise on the prompt's embedding, so many times its standard deviation.
         embedding_attack: search the text conditioning for one that gives a forget image.

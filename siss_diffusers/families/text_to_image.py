@@ -223,7 +223,13 @@ class TextToImage(Family):
 @contextmanager
 def own_precision(vae) -> Iterator[None]:
     """Let a VAE decode in its own precision inside, not under the autocast of a training: as in `siss evaluate`."""
-    vae.decode = torch.autocast(vae.device.type, enabled=False)(vae.decode)
+    decode = vae.decode
+
+    def decode_uncast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(vae.device.type, enabled=False):
+            return decode(*args, **kwargs)
+
+    vae.decode = decode_uncast
     try:
         yield
     finally:

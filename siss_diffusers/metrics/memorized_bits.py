@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from siss_diffusers.draws import DENOISING_ERROR, keyed_generator
-from siss_diffusers.metrics.base import Metric, Probe
+from siss_diffusers.metrics.base import Metric, Probe, Skip
 from siss_diffusers.metrics.embedding_attack import turned
 from siss_diffusers.noising import GaussianPath
 
@@ -117,17 +117,20 @@ def bits_between(errors_before: Tensor, errors_after: Tensor, width: float) -> t
 
 def _groups(model: "MeasuredModel") -> dict[str, tuple[Tensor, list[int] | None]]:
     """Return pictures by group, and the number of the prompt of each; None where it is not known."""
-    data, count = model.data, min(model.settings.num_likelihood_images, MAX_CONTROLS)
+    data, most = model.data, model.settings.num_likelihood_images
+    if most == 0:
+        raise Skip("needs --num_likelihood_images above 0")
+    count = min(most, MAX_CONTROLS)
     prompts = data.forget_prompts.tolist()
     strangers = [(picture, prompt) for image, prompt in zip(data.forget, prompts) for picture in turned(image)]
     strangers = [(picture, 0) for picture in (() if data.never_seen is None else data.never_seen)] + strangers
-    groups = {"forget": (data.forget, prompts)}
-    if count:
-        pictures, numbers = zip(*strangers[:count])
-        groups["strangers"] = torch.stack(pictures), list(numbers)
-        numbers = None if data.keep_prompts is None else data.keep_prompts[:count].tolist()
-        groups["keep"] = data.keep[:count], numbers
-    return groups
+    pictures, numbers = zip(*strangers[:count])
+    keep_numbers = None if data.keep_prompts is None else data.keep_prompts[:count].tolist()
+    return {
+        "forget": (data.forget[:most], prompts[:most]),
+        "strangers": (torch.stack(pictures), list(numbers)),
+        "keep": (data.keep[:count], keep_numbers),
+    }
 
 
 def _errors(model: "MeasuredModel") -> dict[str, dict[str, Tensor]]:
