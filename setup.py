@@ -39,7 +39,7 @@ setup(
     entry_points={"console_scripts": ["siss=siss_diffusers.commands.cli:cli"]},
     package_data={
         "siss_diffusers": ["py.typed"],
-        "siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.safetensors"],
+        "siss_diffusers.assets": ["*/*.json", "*/*.md", "*/*/*.json", "*/*/*.jinja", "*/*/*.safetensors"],
         "siss_diffusers.hub": ["*.jinja"],
         "siss_diffusers.report": ["*.jinja", "*.css"],
     },

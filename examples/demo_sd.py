@@ -55,15 +55,25 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flow", action="store_true", help="The model of flow matching.")
     parser.add_argument("--output_dir", type=Path, help="Default: outputs/demo, or outputs/demo_flow with --flow.")
-    parser.add_argument("--num_forget_samples", type=int, default=256, help="Samples of the memorized prompt.")
     parser.add_argument(
-        "--num_digit_samples", type=int, default=500, help="Samples of the ten digit prompts together."
+        "--num_forget_samples", type=int, help="Samples of the memorized prompt. Default: 256, 128 with --flow."
     )
-    parser.add_argument("--num_curve_samples", type=int, default=64, help="Samples of each point of forgetting.png.")
+    parser.add_argument(
+        "--num_digit_samples",
+        type=int,
+        help="Samples of the ten digit prompts together. Default: 500, 200 with --flow.",
+    )
+    parser.add_argument(
+        "--num_curve_samples", type=int, help="Samples of each point of forgetting.png. Default: 64, 32 with --flow."
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.model = FLOW_MODEL if args.flow else MODEL
     args.output_dir = args.output_dir or Path("outputs", "demo_flow" if args.flow else "demo")
+    # The transformer takes more time for a sample than the UNet.
+    args.num_forget_samples = args.num_forget_samples or (128 if args.flow else 256)
+    args.num_digit_samples = args.num_digit_samples or (200 if args.flow else 500)
+    args.num_curve_samples = args.num_curve_samples or (32 if args.flow else 64)
     return args
 
 
@@ -114,6 +124,7 @@ def make_evaluator(seed: int, num_forget_samples: int, num_digit_samples: int, m
         num_ordinary_samples=num_digit_samples,
         guidance_scale=GUIDANCE_SCALE,
         batch_size=64,
+        num_inference_steps=20 if model == FLOW_MODEL else 50,  # as their samplers are used
         seed=seed,
         use_clusters=False,
     )

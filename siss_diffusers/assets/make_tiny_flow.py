@@ -63,7 +63,7 @@ def make_pipeline() -> ZImagePipeline:
     """Make the pipeline, with random weights drawn from torch's global generator but for the autoencoder."""
     tokenizer = make_chat_tokenizer((*CAPTIONS, "user\n", "assistant\n", "<think>\n\n</think>\n\n"), 600)
     vae = AutoencoderKL.from_pretrained(TINY_SD, subfolder="vae", use_safetensors=True)
-    vae.register_to_config(shift_factor=0.0)
+    vae.register_to_config(shift_factor=0.0, _name_or_path="")  # not the folder of this machine
     text_encoder = Qwen3Model(
         Qwen3Config(
             vocab_size=len(tokenizer),

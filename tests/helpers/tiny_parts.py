@@ -1,10 +1,7 @@
 """Tokenizers, text encoders and autoencoders of random weights, of which the tiny pipelines are made."""
 
-import json
-
 import torch
 from diffusers import AutoencoderKL
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -16,6 +13,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from siss_diffusers.assets.make_tiny_flow import make_chat_tokenizer
 from siss_diffusers.assets.make_tiny_sd import make_tokenizer
 
 
@@ -70,26 +68,9 @@ def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE with merges learnt from a few words, which sees case and white space."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=300, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(WORDS, trainer)
-    content = json.loads(bpe.to_str())["model"]
-    vocab, special = content["vocab"], ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    vocab |= {token: len(vocab) + number for number, token in enumerate(special)}
-    merges = [tuple(merge) for merge in content["merges"]]
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, additional_special_tokens=list(special[1:]))
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return make_chat_tokenizer(WORDS, 300)
 
 
 def language_model_config(tokenizer, num_layers: int) -> dict:
