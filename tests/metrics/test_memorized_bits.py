@@ -146,7 +146,18 @@ def test_it_agrees_with_the_difference_of_the_ode():
     def predict(noisy, indices, rows):
         return other(noisy, path.model_timesteps[indices]).sample
 
-    fine_tune(other, path, clean, predict, lambda _: None, num_steps=60, learning_rate=3e-4, batch_size=64, seed=0)
+    fine_tune(
+        other,
+        path,
+        clean,
+        predict,
+        lambda _: None,
+        num_steps=60,
+        learning_rate=3e-4,
+        batch_size=64,
+        micro_batch=64,
+        seed=0,
+    )
     images = torch.cat([model.data.forget, model.data.keep[:1]]) * 2 - 1
     noise = torch.randn(16, *images.shape, generator=torch.Generator().manual_seed(0))
     noised = ((path.alphas[0] * images + path.sigmas[0] * noise) / 2 + 0.5).flatten(0, 1)
