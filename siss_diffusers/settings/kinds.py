@@ -153,16 +153,6 @@ class TextToImageSettings(Settings):
 
     @property
     def adapter(self) -> AdapterSettings | None:
-        for name, scheme in SCHEME_OF.items():
-            if (
-                getattr(self, name) != type(self).__dataclass_fields__[name].default
-                and self.weighting_scheme != scheme
-            ):
-                raise UsageError(f"--{name} needs --weighting_scheme {scheme}")
-        if not -1 <= self.mode_scale <= MAX_MODE_SCALE:
-            raise UsageError(
-                f"--mode_scale must be between -1 and {MAX_MODE_SCALE}, or noise levels would be drawn twice"
-            )
         if not self.use_lora:
             return None
         return AdapterSettings(self.rank, self.lora_alpha, self.lora_dropout, tuple(self.lora_target_modules))
