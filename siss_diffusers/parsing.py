@@ -55,16 +55,21 @@ def seed_number(text: str) -> int:
     return value
 
 
+def float_or_nan(text: str) -> float:
+    """Return the number that a text is; NaN for none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def finite_float(text: str) -> float:
     """Parse a finite number.
 
     Raises:
         ArgumentTypeError: for anything else.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = float_or_nan(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
     return value
@@ -76,10 +81,7 @@ def non_negative_float(text: str) -> float:
     Raises:
         ArgumentTypeError: for anything else.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = float_or_nan(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a finite number not below 0, not {text}")
     return value

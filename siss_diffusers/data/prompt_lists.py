@@ -177,12 +177,14 @@ def read_csv(file: str) -> list[Row]:
     that is not quoted are part of it.
 
     Raises:
-        ValueError: for a row of another length than the header, or a cell whose quote is never closed.
+        ValueError: for two columns of one name, a row of another length than the header, or a cell whose quote is never closed.
     """
     text = read_text(file)
     delimiter = max(DELIMITERS, key=lambda mark: len(next(csv.reader(split_lines(text)[:1], delimiter=mark), [])))
     lines = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = next(lines, [])
+    if len(set(header)) < len(header):
+        raise ValueError("two of its columns have the same name; rename one")
     rows = []
     for cells in lines:
         if not cells:

@@ -77,6 +77,7 @@ def test_a_prompt_may_have_several_references(tmp_path):
     [
         ("a.csv", "secret prompt\nanother\n", {}, "names no column text, caption or prompt; say by --prompt_column"),
         ("a.csv", "text,Caption\na,b\n", {}, "has the columns Caption and text; say by --prompt_column"),
+        ("a.csv", "text,text\na,b\n", {}, "two of its columns have the same name; rename one"),
         ("a.csv", "text,n\na, b,1\n", {}, "line 2 has 3 cells and the header 2; put cells that hold ',' into quotes"),
         ("a.csv", 'text,n\n"a,1\n', {}, "cannot read"),
         ("a.csv", "text\na\n", {"prompt_column": "Text"}, "--prompt_column: "),

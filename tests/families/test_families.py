@@ -94,9 +94,8 @@ def test_a_prompt_is_what_the_pipeline_makes_of_it(tiny, loaded):
             assert any(same), name
 
 
-@with_prompts
-def test_prompts_are_embedded_in_batches(loaded, monkeypatch):
-    family, pipeline = loaded
+def batches_of(pipeline, monkeypatch) -> list[int]:
+    """Return the sizes of the batches that the pipeline's own `encode_prompt` gets from now on."""
     encode, lengths = pipeline.encode_prompt, []
 
     def spy(prompt, *args, **kwargs):
@@ -104,6 +103,13 @@ def test_prompts_are_embedded_in_batches(loaded, monkeypatch):
         return encode(prompt, *args, **kwargs)
 
     monkeypatch.setattr(pipeline, "encode_prompt", spy)
+    return lengths
+
+
+@with_prompts
+def test_prompts_are_embedded_in_batches(loaded, monkeypatch):
+    family, pipeline = loaded
+    lengths = batches_of(pipeline, monkeypatch)
     count = EMBEDDING_BATCH + 1
     many = family.embed(pipeline, [PROMPTS[0]] * count)
     assert max(lengths) <= EMBEDDING_BATCH and sum(lengths) == count == len(many)
@@ -115,13 +121,7 @@ def test_prompts_are_embedded_in_batches(loaded, monkeypatch):
 def test_a_prompt_is_embedded_in_a_batch_of_the_same_size_whatever_the_others(loaded, monkeypatch):
     """Kernels are chosen by shape, and two of them may differ in the last bits."""
     family, pipeline = loaded
-    encode, lengths = pipeline.encode_prompt, []
-
-    def spy(prompt, *args, **kwargs):
-        lengths.append(len(prompt))
-        return encode(prompt, *args, **kwargs)
-
-    monkeypatch.setattr(pipeline, "encode_prompt", spy)
+    lengths = batches_of(pipeline, monkeypatch)
     prompts = Prompts(family, pipeline)
     numbers = prompts.number(["a photograph", *(f"a photograph of {number}" for number in range(PROMPTS_AT_ONCE))])
     (alone, _), (table, row_of) = prompts.embed(numbers[:1]), prompts.embed(numbers)
